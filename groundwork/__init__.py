@@ -1,0 +1,1 @@
+"""Cellar of the house: errors and exit codes, atomic files, progress, hardware, provenance; imports nothing of ours."""

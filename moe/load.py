@@ -1,0 +1,304 @@
+"""Loading a mixture-of-experts model for tracing: its base model, without the language-model head, and its tokenizer.
+
+Everything that can be refused from the configuration is refused before any weight is read. Weights come from
+safetensors only, and code from a model's repository is never run.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from groundwork.errors import ConfigurationError
+from groundwork.hardware import choose_device, free_memory_bytes
+from moe import quantize
+from moe.routers import RouterLayout, find_routers
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HUB_TIMEOUT_SECONDS = 10.0
+_OTHER_FORMATS = ["original/*", "metal/*", "consolidated*"]  # second copies of the weights, for other programs
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to be traced, and all that a trace must say of how it was run."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    config: Any
+    name: str
+    revision: str | None
+    dtype: str
+    quantization: str
+    attn_implementation: str | None
+    experts_implementation: str | None
+    device: torch.device
+    tokenizer_hash: str
+
+
+def load_model(
+    path: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str = "none",
+    attn_implementation: str | None = None,
+    experts_implementation: str | None = None,
+) -> LoadedModel:
+    """Load the MoE model in the local folder, or with the hub id, `path`, in evaluation mode and without gradients.
+
+    `dtype="auto"` keeps the checkpoint's. Raises ConfigurationError, in one sentence with the remedy, for a folder that
+    is missing or holds no such model, a dense model, unknown options, and a hub that can not be reached.
+    """
+    _choose("--dtype", dtype, DTYPES)
+    _choose("--quantization", quantization, quantize.MODES)
+    target = choose_device(device)
+    source = _find(path)
+    sketch, layout = _sketch(source, dtype)
+    quantization = _settle_quantization(quantization, sketch, layout, target, source)
+    tokenizer = _read_tokenizer(source)
+    source = _find(path, weights=True)
+    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    if experts_implementation:
+        options["experts_implementation"] = experts_implementation
+    if target.type != "cpu" or quantization != "none":
+        options["device_map"] = {"": target}
+    with _refusing(source, "weights"), quantize.quantized_loading(quantization) as quantized_options:
+        model, report = AutoModel.from_pretrained(
+            source.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+            **quantized_options,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigurationError(
+            f"{source.folder}: the checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; "
+            "copy or download the model again"
+        )
+    model = model.eval().requires_grad_(False)
+    if quantization != "none":
+        quantize.check_quantized(model, quantization)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        config=model.config,
+        name=source.name,
+        revision=source.revision,
+        dtype=str(model.dtype).removeprefix("torch."),
+        quantization=_quantization_label(model, quantization),
+        attn_implementation=getattr(model.config, "_attn_implementation", None),
+        experts_implementation=(
+            getattr(model.config, "_experts_implementation", None) if quantization == "none" else "per_expert_linear"
+        ),
+        device=target,
+        tokenizer_hash=_tokenizer_hash(tokenizer),
+    )
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load only the tokenizer of the model `path`; raises ConfigurationError where there is none."""
+    return _read_tokenizer(_find(path))
+
+
+def describe_model(path: str, dtype: str = "auto") -> dict[str, Any]:
+    """Return what tracing the model would meet, from its configuration alone: no weight is read.
+
+    Keys: name, revision, family, model_layers, num_layers (MoE layers), moe_layers, num_experts, top_k, router_class,
+    weights_normalized, dtype, parameters and parameter_bytes (each by component and as `total`, without the language
+    model's head). Raises ConfigurationError as `load_model` does.
+    """
+    _choose("--dtype", dtype, DTYPES)
+    source = _find(path)
+    sketch, layout = _sketch(source, dtype)
+    counts = _count_by_component(sketch, layout)
+    return {
+        "name": source.name,
+        "revision": source.revision,
+        "family": type(sketch).__name__,
+        "model_layers": sketch.config.get_text_config().num_hidden_layers,
+        "num_layers": layout.num_layers,
+        "moe_layers": list(layout.moe_layers),
+        "num_experts": layout.num_experts,
+        "top_k": layout.top_k,
+        "router_class": layout.router_class,
+        "weights_normalized": layout.weights_normalized,
+        "dtype": str(sketch.dtype).removeprefix("torch."),
+        "parameters": {name: count for name, (count, _) in counts.items()},
+        "parameter_bytes": {name: size for name, (_, size) in counts.items()},
+    }
+
+
+@dataclass(frozen=True)
+class _Source:
+    folder: Path
+    name: str
+    revision: str | None
+
+
+def _find(path: str, *, weights: bool = False) -> _Source:
+    """Return the local folder of a model; from a hub id fetch it, its weights only if asked for."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigurationError(
+                f"{folder}: holds no config.json; name the folder that a model was saved to, "
+                "with config.json, tokenizer.json and safetensors files"
+            )
+        return _Source(folder, folder.resolve().name, None)
+    looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".")
+    if not looks_like_hub_id or folder.parent.is_dir():
+        raise ConfigurationError(
+            f"{path}: no such folder; give the folder of a saved model, or a hub id such as mistralai/Mixtral-8x7B-v0.1"
+        )
+    wanted = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    try:
+        # One quick question first: left to itself the download would retry a dead network for half a minute.
+        revision = HfApi(endpoint=constants.ENDPOINT).model_info(path, timeout=_HUB_TIMEOUT_SECONDS).sha
+        fetched = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_OTHER_FORMATS)
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "an error"
+        raise ConfigurationError(
+            f"{path}: the hub answers {status} for this model; check its name, accept its licence on the hub and "
+            "log in with 'hf auth login', or give a local folder"
+        ) from error
+    except Exception as error:
+        # httpx, requests and huggingface_hub each have their own network errors; none of them is worth telling apart.
+        try:
+            fetched = snapshot_download(path, allow_patterns=wanted, local_files_only=True)
+        except (LocalEntryNotFoundError, OSError):
+            raise ConfigurationError(
+                f"{path}: is no local folder, and the hub can not be reached ({type(error).__name__}); "
+                "copy the model's folder to this machine and give its path"
+            ) from error
+    return _Source(Path(fetched), path, Path(fetched).name)
+
+
+def _read_tokenizer(source: _Source) -> Any:
+    if not any((source.folder / name).is_file() for name in _VOCABULARY_FILES):
+        raise ConfigurationError(
+            f"{source.folder}: holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); "
+            "copy the tokenizer files of the model into this folder"
+        )
+    with _refusing(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+
+
+def _sketch(source: _Source, dtype: str) -> tuple[PreTrainedModel, RouterLayout]:
+    """Return the model on the meta device, which takes no memory, and its routers."""
+    with _refusing(source, "config.json"):
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+        wanted = (stated or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            sketch = AutoModel.from_config(config, dtype=wanted, trust_remote_code=False)
+    sketch.config.name_or_path = str(source.folder)
+    return sketch, find_routers(sketch)
+
+
+def _settle_quantization(
+    asked: str, sketch: PreTrainedModel, layout: RouterLayout, device: torch.device, source: _Source
+) -> str:
+    """Return none, int8, nf4 or nf4-double, or raise ConfigurationError where the model can not fit or be quantised."""
+    stored = getattr(sketch.config, "quantization_config", None)
+    if stored and asked not in ("none", "auto"):
+        raise ConfigurationError(
+            f"{source.folder}: the checkpoint is already quantised; use --quantization none to run it as it is"
+        )
+    needed = sum(size for _, size in _count_by_component(sketch, layout).values()) // 2  # parts and their total
+    free = free_memory_bytes(device)
+    if asked == "auto":
+        asked = "nf4" if device.type == "cuda" and needed > 0.9 * free and not stored else "none"
+    if asked == "none" and needed > free and not stored:
+        raise ConfigurationError(
+            f"{source.folder}: needs {needed / 1e9:.1f} GB as {str(sketch.dtype).removeprefix('torch.')}, and {device} "
+            f"has {free / 1e9:.1f} GB free; use --quantization nf4, a smaller model or a device with more memory"
+        )
+    return asked
+
+
+def _quantization_label(model: PreTrainedModel, quantization: str) -> str:
+    stored = getattr(model.config, "quantization_config", None)
+    if quantization != "none" or stored is None:
+        return quantization
+    return str(stored["quant_method"] if isinstance(stored, dict) else stored.quant_method)
+
+
+def _count_by_component(model: PreTrainedModel, layout: RouterLayout) -> dict[str, tuple[int, int]]:
+    """Return (parameters, bytes) of each component, tied parameters once, and of their `total`."""
+    component_of: dict[int, str] = {}
+
+    def assign(module: nn.Module, component: str) -> None:
+        for parameter in module.parameters():
+            component_of.setdefault(id(parameter), component)
+
+    for site in layout.sites:
+        assign(site.module, "routers")
+        assign(site.experts, "experts")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            assign(module, "embeddings")
+        elif re.search(r"(?:^|\.)[^.]*shared[^.]*$", name):
+            assign(module, "shared_experts")
+        elif re.search(r"(?:^|\.)[^.]*attn[^.]*$|attention$", name):
+            assign(module, "attention")
+    counts: dict[str, tuple[int, int]] = {}
+    for parameter in model.parameters():
+        component = component_of.get(id(parameter), "other")
+        count, size = counts.get(component, (0, 0))
+        counts[component] = (count + parameter.numel(), size + parameter.nbytes)
+    totals = (sum(count for count, _ in counts.values()), sum(size for _, size in counts.values()))
+    return {**dict(sorted(counts.items())), "total": totals}
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Return a digest of all that decides how text becomes tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _choose(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigurationError(f"{option} {value}: unknown; use one of {', '.join(known)}")
+
+
+@contextmanager
+def _refusing(source: _Source, part: str) -> Iterator[None]:
+    """Turn whatever transformers says of unusable files into one sentence, and keep its own reports quiet."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise ConfigurationError(
+            f"{source.folder}: does not fit in the device's memory; use --quantization nf4 or --device cpu"
+        ) from error
+    except Exception as error:
+        # Unreadable files surface as OSError, ValueError, KeyError, RuntimeError, SafetensorError, ... by library.
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigurationError(
+            f"{source.folder}: its {part} can not be used ({type(error).__name__}: {reason}); "
+            "copy or download the model again"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Training of the models that we trace: the mini-Mixtral's language-model training."""

@@ -1,0 +1,43 @@
+"""gate_lookahead: the target layer's own router, applied early to the hidden state some layers below; nothing is learned.
+
+The idea is that of mixtral-offloading (2312.17238), DAOP and Fate: residual streams change slowly, so layer l's router
+reads much of its answer from layer l-h's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from groundwork.errors import ConfigurationError
+from speculation.counted import Repeat
+from speculation.features import RoutingBatch
+from speculation.predictor import Predictor, RoutingShape, register
+from traces.reader import TraceDataset
+
+
+@register
+class GateLookahead(Predictor):
+    """The lookahead logits of the horizon asked for; layers without a layer that far below repeat the token before."""
+
+    name = "gate_lookahead"
+    requires = frozenset({"ids", "lookahead"})
+
+    def fit(self, dataset: TraceDataset, *, split: str = "train", hold_out: Collection[str] = ()) -> Self:
+        self.check_columns(dataset, "the traces")
+        self.shape_ = RoutingShape.of(dataset)
+        return self
+
+    def predict_scores(self, batch: RoutingBatch, horizon: int = 1) -> Tensor:
+        self.check_horizon(batch, horizon)
+        lookahead_THLE = batch.lookahead_logits_THLE
+        if lookahead_THLE is None or lookahead_THLE.shape[1] < horizon:
+            raise ConfigurationError(
+                f"the traces hold lookahead logits for {0 if lookahead_THLE is None else lookahead_THLE.shape[1]} horizons, "
+                f"but --horizon {horizon} was asked for; collect them with --store weights,lookahead --lookahead {horizon}"
+            )
+        low_THE = Repeat().predict_scores(batch, horizon)[:, :horizon]
+        return torch.cat([low_THE, lookahead_THLE[:, horizon - 1, horizon:]], dim=1)

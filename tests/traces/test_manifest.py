@@ -1,0 +1,57 @@
+"""Manifest lines read back as written; a torn tail is ignored and cut, any other change is noticed."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from groundwork.errors import ConfigurationError
+from traces.manifest import MANIFEST_NAME, ManifestLine, append_line, parse_manifest, read_manifest
+
+
+def line(index: int, **changes) -> ManifestLine:
+    values = {"shard": f"train-{index:05d}.parquet", "index": index, "first_sequence": 10 * index, "seconds": 1.5}
+    values |= {"stop_sequence": 10 * index + 10, "sequences": 10, "tokens": 99, "bytes": 1234, "sha256": "ab" * 32}
+    return ManifestLine(**values | changes)
+
+
+def test_lines_read_back_in_order(tmp_path):
+    assert read_manifest(tmp_path) == []
+    lines = [line(0), line(2, notes=("a batch was split by out-of-memory", "ä\n")), line(1)]
+    for each in lines:
+        append_line(tmp_path, each)
+    assert read_manifest(tmp_path) == lines
+
+
+@pytest.mark.parametrize("kept", [1, 40, -1])
+def test_torn_last_line_is_ignored_said_and_replaced(tmp_path, capsys, kept):
+    append_line(tmp_path, line(0))
+    path = tmp_path / MANIFEST_NAME
+    path.write_bytes(path.read_bytes() + line(1).render()[:kept])
+    assert read_manifest(tmp_path) == [line(0)]
+    assert "line 2 is torn" in capsys.readouterr().err
+    append_line(tmp_path, line(1))
+    assert read_manifest(tmp_path) == [line(0), line(1)]
+
+
+@given(st.data())
+def test_every_single_bit_flip_is_noticed(data):
+    text = line(3, notes=("note",)).render()
+    bit = data.draw(st.integers(0, len(text) * 8 - 1))
+    flipped = bytearray(text)
+    flipped[bit // 8] ^= 1 << bit % 8
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / MANIFEST_NAME).write_bytes(flipped)
+        lines, torn = parse_manifest(Path(folder))
+    assert torn or None in lines
+
+
+def test_damaged_middle_line_is_named(tmp_path):
+    append_line(tmp_path, line(0))
+    append_line(tmp_path, line(1))
+    path = tmp_path / MANIFEST_NAME
+    path.write_bytes(path.read_bytes().replace(b"1234", b"1235", 1))
+    with pytest.raises(ConfigurationError, match=r"manifest.jsonl: line 1 does not match its own digest; run"):
+        read_manifest(tmp_path)

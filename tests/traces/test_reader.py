@@ -1,0 +1,192 @@
+"""What is read is what was written, in every split, order and choice of columns; what is no trace is refused."""
+
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from groundwork.errors import ConfigurationError, ExpertSpeculationError
+from traces.reader import TraceDataset
+from traces.splits import split_of
+
+ARRAYS = (
+    "token_ids_T",
+    "phase_T",
+    "expert_ids_TLK",
+    "routing_weights_TLK",
+    "router_logits_TLE",
+    "lookahead_logits_THLE",
+)
+EVERYTHING = ("weights", "logits", "lookahead", "tokens")
+
+
+def assert_equal(found, written):
+    assert (found.dataset, found.sequence_id, found.sequence_key) == (
+        written.dataset,
+        written.sequence_id,
+        written.sequence_key,
+    )
+    assert found.tokens_T == written.tokens_T
+    for name in ARRAYS:
+        a, b = getattr(found, name), getattr(written, name)
+        assert (a is None) == (b is None), name
+        assert a is None or (a.dtype == b.dtype and a.tobytes() == b.tobytes() and a.shape == b.shape), name
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_run_reads_back_bit_for_bit(make_spec, make_sequences, write_run, data):
+    experts = data.draw(st.sampled_from([1, 2, 7, 256, 300]))
+    layers = data.draw(st.integers(1, 4))
+    store = tuple(data.draw(st.lists(st.sampled_from(EVERYTHING[:3]), unique=True)))
+    spec = make_spec(
+        num_experts=experts,
+        top_k=data.draw(st.integers(1, min(4, experts))),
+        num_layers=layers,
+        store=store,
+        horizons=data.draw(st.integers(1, layers)) if "lookahead" in store else 0,
+    )
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=12))
+    token = data.draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=5))
+    sequences = [
+        replace(each, tokens_T=[token, *each.tokens_T[1:]], sequence_key=token)
+        for each in make_sequences(spec, lengths, seed=data.draw(st.integers(0, 99)))
+    ]
+    shards = data.draw(st.integers(1, len(lengths)))
+    with tempfile.TemporaryDirectory() as folder:
+        write_run(Path(folder), spec, sequences, shards, row_group_tokens=data.draw(st.integers(1, 100)))
+        dataset = TraceDataset(Path(folder) / "data")
+        assert (dataset.spec, dataset.num_sequences, dataset.num_tokens) == (spec, len(lengths), sum(lengths))
+        assert dataset.available == {"ids", "tokens", *store}
+        for found, written in zip(dataset.sequences("all", EVERYTHING), sequences, strict=True):
+            assert_equal(found, written)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, make_spec, make_sequences, write_run):
+    """A run of 200 sequences in 3 shards and many row groups, with what was written."""
+    spec = make_spec(store=("weights", "logits"))
+    sequences = make_sequences(spec, np.random.default_rng(0).integers(1, 30, 200))
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder, spec, sequences, shards=3, row_group_tokens=200)
+    return folder, sequences
+
+
+def test_splits_partition_the_run_as_the_text_says(run):
+    dataset, sequences = TraceDataset(run[0]), run[1]
+    found = {
+        each.sequence_id: split for split in ("train", "validation", "test") for each in dataset.sequences(split, ())
+    }
+    assert len(found) == 200
+    for each in sequences:
+        assert split_of(each.token_ids_T, each.tokens_T).startswith(found[each.sequence_id])
+
+
+def test_shuffled_order_is_a_permutation_and_start_resumes_it(run):
+    dataset = TraceDataset(run[0])
+    order = [each.sequence_id for each in dataset.sequences("train", (), shuffle_seed=5)]
+    plain = [each.sequence_id for each in dataset.sequences("train", ())]
+    assert sorted(order) == plain and order != plain
+    assert order != [each.sequence_id for each in dataset.sequences("train", (), shuffle_seed=6)]
+    for start in (0, 1, 57, len(order) - 1, len(order), len(order) + 9):
+        again = TraceDataset(run[0]).sequences("train", (), shuffle_seed=5, start=start)
+        assert [each.sequence_id for each in again] == order[start:]
+        assert [each.sequence_id for each in dataset.sequences("train", (), start=start)] == plain[start:]
+
+
+def test_only_the_columns_asked_for_are_read(run):
+    first = next(TraceDataset(run[0]).sequences("all", ("logits", "lookahead")))
+    assert first.router_logits_TLE is not None
+    assert first.routing_weights_TLK is first.lookahead_logits_THLE is None and first.tokens_T == []
+    with pytest.raises(ValueError, match="unknown columns"):
+        TraceDataset(run[0]).sequences("all", ("gates",))
+
+
+def test_data_sets_are_held_out_or_chosen_by_name(run):
+    dataset = TraceDataset(run[0])
+    assert dataset.datasets == ["books", "code", "news"]
+    assert Counter(each.dataset for each in dataset.sequences(hold_out=["code"])) == {"books": 67, "news": 66}
+    assert {each.dataset for each in dataset.sequences(only=["code"])} == {"code"}
+    with pytest.raises(ConfigurationError, match="'poems' is not in these traces; they hold books, code, news"):
+        dataset.sequences(hold_out=["poems"])
+
+
+def test_single_sequences_come_in_the_order_asked_for(run):
+    found = TraceDataset(run[0]).read([199, 3, 70, 3])
+    assert [each.sequence_id for each in found] == [199, 3, 70, 3]
+    for each in found:
+        assert_equal(each, run[1][each.sequence_id])
+    with pytest.raises(ConfigurationError, match="sequence 200 is not in"):
+        TraceDataset(run[0]).read([200])
+
+
+def test_read_arrays_are_writable_copies(run):
+    dataset = TraceDataset(run[0])
+    (first,) = dataset.read([0])
+    first.expert_ids_TLK[:] = 0
+    assert dataset.read([0])[0].expert_ids_TLK.any()
+
+
+def test_text_that_is_unknown_is_not_available_and_still_split(tmp_path, make_spec, make_sequences, write_run):
+    spec = make_spec()
+    unknown = [
+        replace(each, token_ids_T=np.full(5, -1, np.int32), tokens_T=[""] * 5)
+        for each in make_sequences(spec, [5] * 100)
+    ]
+    write_run(tmp_path, spec, unknown)
+    dataset = TraceDataset(tmp_path)
+    assert dataset.available == {"ids", "weights"}
+    assert len({info.split for info in dataset.index}) == 4
+
+
+def test_what_is_no_trace_folder_is_refused_with_a_remedy(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name, found in {
+        "file": "a file, wanted a trace folder; give",
+        "none": "missing",
+        "empty": "holds no .parquet",
+    }.items():
+        with pytest.raises(ConfigurationError, match=f"{name}: {found}"):
+            TraceDataset(tmp_path / name)
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "empty" / "foreign.parquet")
+    with pytest.raises(
+        ConfigurationError, match=r"foreign\.parquet: not a routing-trace shard \(no routing-trace metadata"
+    ):
+        TraceDataset(tmp_path / "empty")
+    (tmp_path / "empty" / "foreign.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ConfigurationError, match=r"foreign\.parquet: not a routing-trace shard .*move it away"):
+        TraceDataset(tmp_path / "empty")
+
+
+def test_footers_that_disagree_are_refused_with_field_and_values(tmp_path, make_spec, make_sequences, write_run):
+    for name, spec in {"a": make_spec(), "b": make_spec(quantization="nf4")}.items():
+        write_run(tmp_path / name, spec, make_sequences(spec, [4, 5]), shards=2)
+    shutil.copy(tmp_path / "b/data/train-00001.parquet", tmp_path / "a/data/train-00001.parquet")
+    with pytest.raises(
+        ConfigurationError, match=r"train-00001\.parquet: quantization is 'nf4', but 'none' in train-00000"
+    ):
+        TraceDataset(tmp_path / "a")
+
+
+def test_renamed_and_damaged_shards_are_refused_by_name(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    path = folder / "data/train-00001.parquet"
+    path.rename(folder / "data/train-00007.parquet")
+    with pytest.raises(ConfigurationError, match=r"train-00007\.parquet: .*its footer is that of train-00001\.parquet"):
+        TraceDataset(folder)
+    content = bytearray((folder / "data/train-00007.parquet").read_bytes())
+    content[len(content) // 3] ^= 4
+    (folder / "data/train-00007.parquet").unlink()
+    path.write_bytes(content)
+    with pytest.raises(ExpertSpeculationError, match=r"train-00001\.parquet: .*run 'expert-speculation verify'"):
+        list(TraceDataset(folder).sequences("all", EVERYTHING))

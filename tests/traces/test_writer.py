@@ -1,0 +1,148 @@
+"""Shards hold exactly what was written, in bounded row groups of whole sequences, and a kill leaves no half of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+from datasets import load_dataset
+
+from groundwork.errors import ConfigurationError
+from traces.manifest import read_manifest
+from traces.plan import PlannedShard
+from traces.schema import decoded_bytes_per_token
+from traces.verify import verify
+from traces.writer import ROW_GROUP_BYTES, ShardWriter, lock_run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_row_groups_hold_whole_sequences_within_the_token_limit(tmp_path, make_spec, make_sequences, write_run):
+    spec = make_spec()
+    sequences = make_sequences(spec, np.random.default_rng(1).integers(1, 60, 80))
+    write_run(tmp_path, spec, sequences, row_group_tokens=50)
+    seen: set[int] = set()
+    with pq.ParquetFile(tmp_path / "data" / "train-00000.parquet") as file:
+        assert file.num_row_groups > 10
+        for group in range(file.num_row_groups):
+            ids = set(file.read_row_group(group, columns=["sequence_id"])["sequence_id"].to_pylist())
+            assert not ids & seen
+            assert file.metadata.row_group(group).num_rows <= 50 or len(ids) == 1
+            seen |= ids
+    assert len(seen) == 80
+
+
+def test_row_groups_stay_within_64_mib_decoded(tmp_path, make_spec, make_sequences, write_run):
+    spec = make_spec(num_layers=32, num_experts=256, store=("weights", "logits"))
+    write_run(tmp_path, spec, make_sequences(spec, [1500, 1500, 1500]))
+    metadata = pq.read_metadata(tmp_path / "data" / "train-00000.parquet")
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    assert rows == [3000, 1500]
+    assert max(rows) * decoded_bytes_per_token(spec) <= ROW_GROUP_BYTES < sum(rows) * decoded_bytes_per_token(spec)
+
+
+def test_sequence_beyond_a_row_group_is_refused_with_a_remedy(tmp_path, make_spec, make_sequences):
+    spec = make_spec(num_layers=64, num_experts=256, store=("logits",), weights_normalized=None)
+    (sequence,) = make_sequences(spec, [2100])
+    with (
+        pytest.raises(ConfigurationError, match=r"2100 tokens, a row group holds .*lower --max_length"),
+        ShardWriter(tmp_path, spec, PlannedShard(0, 0, 1, 2100)) as writer,
+    ):
+        writer.write(sequence)
+
+
+def test_datasets_and_polars_count_the_manifests_rows(tmp_path, make_spec, make_sequences, write_run):
+    spec = make_spec(store=("weights", "logits", "lookahead"), horizons=1)
+    write_run(tmp_path / "run", spec, make_sequences(spec, [20, 30, 5, 40, 6]), shards=2)
+    rows = sum(line.tokens for line in read_manifest(tmp_path / "run"))
+    data = tmp_path / "run" / "data"
+    loaded = load_dataset("parquet", data_dir=str(data), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(loaded) == rows == 101
+    assert len(loaded[0]["router_logits"]) == spec.num_layers * spec.num_experts
+    assert pl.scan_parquet(data / "*.parquet").select(pl.len()).collect().item() == rows
+
+
+def test_only_shards_stand_in_data_and_nothing_is_left_over(tmp_path, make_spec, make_sequences, write_run):
+    spec = make_spec()
+    write_run(tmp_path, spec, make_sequences(spec, [4, 5, 6]), shards=3)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [f"train-0000{i}.parquet" for i in range(3)]
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+def test_uncommitted_shard_is_discarded(tmp_path, make_spec, make_sequences):
+    spec = make_spec()
+    with ShardWriter(tmp_path, spec, PlannedShard(0, 0, 2, 9)) as writer:
+        writer.write(make_sequences(spec, [4])[0])
+        with pytest.raises(ValueError, match="up to 1 with 4 tokens only"):
+            writer.commit()
+    assert list((tmp_path / "data").iterdir()) == list((tmp_path / ".tmp").iterdir()) == []
+    assert read_manifest(tmp_path) == []
+
+
+def test_sequence_out_of_turn_is_refused(tmp_path, make_spec, make_sequences):
+    spec = make_spec()
+    first, second, third = make_sequences(spec, [4, 5, 6])
+    with ShardWriter(tmp_path, spec, PlannedShard(0, 0, 2, 9)) as writer:
+        with pytest.raises(ValueError, match="sequence 1 given where"):
+            writer.write(second)
+        writer.write(first)
+        writer.write(second)
+        with pytest.raises(ValueError, match="sequence 2 given where"):
+            writer.write(third)
+
+
+def test_second_writer_is_refused_until_the_first_is_gone(tmp_path):
+    with lock_run(tmp_path), pytest.raises(ConfigurationError, match="another process is writing"), lock_run(tmp_path):
+        pass
+    with lock_run(tmp_path):
+        pass
+
+
+KILLED_WRITER = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]) / "tests/traces")]
+from conftest import _make_sequences, _make_spec, _write_run
+
+left = int(sys.argv[3])
+def deadly(function):
+    def step(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return step
+
+os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+spec = _make_spec()
+_write_run(Path(sys.argv[2]), spec, _make_sequences(spec, [5, 6, 7, 8]), shards=2)
+"""
+
+
+@pytest.mark.parametrize("step", range(7, 17))
+def test_run_killed_at_any_step_is_sound_up_to_there_and_can_be_finished(
+    step, tmp_path, make_spec, make_sequences, make_plan
+):
+    """Steps 1-6 write the plan; a shard takes fsync, replace, fsync of data/, of the manifest, of the run folder."""
+    command = [sys.executable, "-c", KILLED_WRITER, str(ROOT), str(tmp_path), str(step)]
+    died = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
+    assert died.returncode == -9, died.stderr.decode()
+    spec = make_spec()
+    sequences = make_sequences(spec, [5, 6, 7, 8])
+    plan = make_plan(spec, sequences, 2)
+    done = {line.index for line in read_manifest(tmp_path)}
+    for path in (tmp_path / "data").iterdir():
+        assert pq.read_metadata(path).num_rows == plan.shards[int(path.stem[-5:])].num_tokens
+    with lock_run(tmp_path):
+        for planned in plan.shards:
+            if planned.index not in done:
+                with ShardWriter(tmp_path, spec, planned) as writer:
+                    for sequence in sequences[planned.first_sequence : planned.stop_sequence]:
+                        writer.write(sequence)
+                    writer.commit()
+    assert verify(tmp_path) == []

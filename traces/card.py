@@ -1,0 +1,122 @@
+"""The data set card of a run folder: README.md with the front matter that the Hugging Face hub and `load_dataset` read.
+
+Generated from plan and manifest alone, so it says what is there, not what was hoped for. Names come from foreign data
+and are escaped.
+"""
+
+import html
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from groundwork.atomic import write_text
+from traces.manifest import ManifestLine, read_manifest
+from traces.plan import Plan
+from traces.schema import TraceSpec
+
+UNKNOWN = "unknown"
+_COLUMNS = {
+    "expert_ids": "ids of the routed experts, layer-major [L*K]",
+    "routing_weights": "what their outputs are multiplied by, float16, layer-major [L*K]",
+    "router_logits": "all scores before selection, float16, layer-major [L*E]",
+    "lookahead_logits": "layer l+h's router on layer l's input, float16, [H*L*E], indexed by target layer",
+}
+
+
+def write_card(run_dir: Path) -> None:
+    """Write README.md of a run folder that has a plan."""
+    write_text(run_dir / "README.md", render_card(Plan.load(run_dir), read_manifest(run_dir)))
+
+
+def render_card(plan: Plan, manifest: list[ManifestLine]) -> str:
+    """Return the card as Markdown."""
+    spec = plan.spec
+    done = {line.index for line in manifest}
+    rows = zip(*(plan.sequences[name].to_pylist() for name in ("dataset", "num_tokens", "shard")), strict=True)
+    sequences: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for dataset, length, shard in rows:
+        sequences[dataset] += shard in done
+        tokens[dataset] += length if shard in done else 0
+    counts = [(_plain(name), f"{sequences[name]:,}", f"{tokens[name]:,}") for name in sequences]
+    missing = [shard.name for shard in plan.shards if shard.index not in done]
+    notes = [f"- {line.shard}: {_plain(note)}" for line in manifest for note in line.notes]
+    gaps = [f"- {len(missing)} of {len(plan.shards)} planned shards are not there yet."] * bool(missing) + notes
+    sources = [
+        f"- {_plain(source.get('name', '?'))}: "
+        + ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in source.items() if key != "name")
+        for source in plan.sources
+    ]
+    columns = [
+        ("dataset, sequence_id, sequence_key", "data set, number within the run, the source's own id"),
+        ("position, phase", "token within its sequence; 0 prefill, 1 decode"),
+        ("token_id, token", "-1 and empty where unknown"),
+        *((name, f"{_COLUMNS[name]}: {width} a token") for name, width in spec.widths.items()),
+    ]
+    return "\n".join(
+        [
+            "---",
+            f"pretty_name: {json.dumps('Routing traces of ' + spec.model_name)}",
+            "tags:\n- mixture-of-experts\n- routing-traces\n- expert-speculation",
+            "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet",
+            "---",
+            "",
+            f"# Routing traces of {_plain(spec.model_name)}",
+            "",
+            f"Which experts the model's routers chose: {sum(sequences.values()):,} sequences, "
+            f"{sum(tokens.values()):,} tokens, {len(done)} shards. One row is one token; a sequence's rows stand together and are never cut.",
+            "",
+            "## Model and run",
+            "",
+            *_table(("field", "value"), _describe(spec)),
+            "",
+            "## Data sets",
+            "",
+            *_table(("data set", "sequences", "tokens"), counts),
+            "",
+            "## Sources",
+            "",
+            *sources,
+            "",
+            "## Columns",
+            "",
+            *_table(("column", "content"), columns),
+            "",
+            "## Known gaps",
+            "",
+            *(gaps or ["None known."]),
+            "",
+        ]
+    )
+
+
+def _describe(spec: TraceSpec) -> list[tuple[str, str]]:
+    """Return the spec as rows; what is not known says so."""
+    versions = ", ".join(f"{name} {version}" for name, version in spec.library_versions.items())
+    values = {
+        "model": spec.model_name,
+        "revision": spec.model_revision,
+        "MoE layers (L), experts (E), per token (K)": f"{spec.num_layers}, {spec.num_experts}, {spec.top_k}",
+        "layers in the model": ", ".join(map(str, spec.moe_layers)),
+        "order of a token's experts": "by falling weight" if spec.expert_order == "weight" else None,
+        "weights sum to 1": spec.weights_normalized,
+        "quantization, dtype, router dtype": f"{spec.quantization}, {spec.model_dtype}, {spec.router_dtype}",
+        "attention implementation": spec.attn_implementation,
+        "experts implementation": spec.experts_implementation,
+        "library versions": versions,
+        "seed": spec.seed,
+        "plan": spec.plan_fingerprint,
+    }
+    return [(name, _plain(UNKNOWN if value is None else value)) for name, value in values.items()]
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def _plain(value: object) -> str:
+    """Return foreign text as one line that is neither HTML nor Markdown structure."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = html.escape(" ".join(text.split()), quote=False)
+    return "".join("\\" + letter if letter in "\\`*[]|#" else letter for letter in text)

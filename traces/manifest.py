@@ -1,0 +1,99 @@
+"""What a run has done: one JSON line per finished shard in `manifest.jsonl`, each with a digest of itself.
+
+A line is appended and fsync'ed only after its shard is in place, so a shard without a line is simply made again. A last
+line that a crash tore off is ignored, and cut away by the next append. Lines are compared as bytes: nothing about a
+line can change unnoticed.
+"""
+
+import builtins
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from groundwork.atomic import fsync_folder
+from groundwork.errors import ConfigurationError
+from groundwork.progress import log
+
+MANIFEST_NAME = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class ManifestLine:
+    """One finished shard: its file in `data/`, half-open sequence range, size, checksum, and notes on the way."""
+
+    shard: str
+    index: int
+    first_sequence: int
+    stop_sequence: int
+    sequences: int
+    tokens: int  # rows
+    bytes: int
+    sha256: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    def render(self) -> builtins.bytes:
+        """Return the line as it stands in the file, with its digest and the newline."""
+        values = asdict(self)
+        return canonical_json(values | {"digest": _digest(values)}) + b"\n"
+
+
+def append_line(run_dir: Path, line: ManifestLine) -> None:
+    """Append and fsync one line, first cutting off a torn one; the caller holds the run's lock."""
+    path = run_dir / MANIFEST_NAME
+    with path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write(line.render())
+        file.flush()
+        os.fsync(file.fileno())
+    fsync_folder(run_dir)
+
+
+def read_manifest(run_dir: Path) -> list[ManifestLine]:
+    """Return the finished shards in the order they were finished; no manifest means none.
+
+    A torn last line is ignored with a log line; any other damage raises ConfigurationError with the line's number.
+    """
+    lines, torn = parse_manifest(run_dir)
+    path = run_dir / MANIFEST_NAME
+    if torn:
+        log(f"{path}: line {len(lines) + 1} is torn and ignored; its shard will be made again on resume")
+    for number, line in enumerate(lines, start=1):
+        if line is None:
+            raise ConfigurationError(
+                f"{path}: line {number} does not match its own digest; run 'expert-speculation verify' on the folder"
+            )
+    return [line for line in lines if line is not None]
+
+
+def parse_manifest(run_dir: Path) -> tuple[list[ManifestLine | None], bool]:
+    """Return each complete line (None where damaged) and whether a torn one follows them."""
+    path = run_dir / MANIFEST_NAME
+    if not path.exists():
+        return [], False
+    *whole, rest = path.read_bytes().split(b"\n")
+    return [_parse_line(line) for line in whole], rest != b""
+
+
+def canonical_json(values: object) -> bytes:
+    """Return `values` as JSON with sorted keys and no spaces: equal values give equal bytes."""
+    return json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def _parse_line(text: bytes) -> ManifestLine | None:
+    try:
+        values: dict[str, Any] = json.loads(text)
+        del values["digest"]
+        line = ManifestLine(**values | {"notes": tuple(values["notes"])})
+        return line if line.render() == text + b"\n" else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.blake2b(canonical_json(values), digest_size=16).hexdigest()

@@ -1,0 +1,224 @@
+"""What a trace holds: the model and run it came from (`TraceSpec`), the columns of a shard, and one sequence as numpy
+arrays.
+
+Shapes: T tokens of one sequence, L MoE layers, E experts, K experts per token, H horizons. Format version 1.
+Strings are plain Parquet strings, dictionary-encoded in the file: the Arrow dictionary type would stop `datasets`
+from reading.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+FORMAT_VERSION = 1
+OPTIONAL_COLUMNS = ("weights", "logits", "lookahead")
+PHASES = {"prefill": 0, "decode": 1}
+SPEC_KEY = b"routing_trace"  # footer: the spec as JSON, equal in every shard of a run
+SHARD_KEY = b"routing_trace_shard"  # footer: this shard's index and sequence range
+STRING_BYTES = 32  # allowance per token for the three string columns once decoded: offsets, and a short token
+NORMALIZED_TOLERANCE = 0.01  # K float16 weights near 1/K sum to 1 within K * 2**-12; ten times that for K = 8
+
+
+@dataclass(frozen=True)
+class TraceSpec:
+    """The model, run and columns of a trace folder, equal in every shard's footer; ValueError when inconsistent."""
+
+    model_name: str
+    model_revision: str | None
+    num_layers: int  # L, MoE layers only
+    num_experts: int  # E
+    top_k: int  # K
+    moe_layers: tuple[int, ...]  # index in the model of each MoE layer
+    expert_order: Literal["weight", "unknown"]
+    weights_normalized: bool | None  # whether a token's K weights sum to 1; None where unknown
+    quantization: str
+    model_dtype: str
+    router_dtype: str
+    attn_implementation: str | None
+    experts_implementation: str | None
+    library_versions: dict[str, str] = field(hash=False)
+    tokenizer_hash: str | None
+    seed: int
+    plan_fingerprint: str
+    store: tuple[str, ...]  # which optional columns exist, of OPTIONAL_COLUMNS
+    horizons: int = 0  # H of lookahead_logits
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_experts", "top_k"):
+            if not 1 <= getattr(self, name) <= 65535:
+                raise ValueError(f"{name} is {getattr(self, name)}, not in 1..65535")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k {self.top_k} exceeds num_experts {self.num_experts}")
+        if len(self.moe_layers) != self.num_layers:
+            raise ValueError(f"{len(self.moe_layers)} moe_layers for num_layers {self.num_layers}")
+        if any(b <= a for a, b in zip((-1, *self.moe_layers), self.moe_layers, strict=False)):
+            raise ValueError(f"moe_layers {self.moe_layers} do not rise from 0")
+        if self.expert_order not in ("weight", "unknown"):
+            raise ValueError(f"expert_order is {self.expert_order!r}, not 'weight' or 'unknown'")
+        if set(self.store) - set(OPTIONAL_COLUMNS) or len(set(self.store)) != len(self.store):
+            raise ValueError(f"store {self.store} is not a choice of {', '.join(OPTIONAL_COLUMNS)}")
+        if (self.horizons > 0) != ("lookahead" in self.store) or not 0 <= self.horizons <= self.num_layers:
+            raise ValueError(
+                f"horizons {self.horizons} does not fit store {self.store} and num_layers {self.num_layers}"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the spec and the format version as JSON-ready values."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild a spec; raises ValueError on another format version, wrong fields, or values out of range."""
+        values = dict(values)
+        version = values.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format version {version}, this program reads {FORMAT_VERSION}")
+        try:
+            values["moe_layers"] = tuple(values["moe_layers"])
+            values["store"] = tuple(values["store"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"fields of the trace metadata are missing or wrong: {error}") from error
+
+    def to_footer(self) -> dict[bytes, bytes]:
+        """Return the Parquet footer entry of the spec: canonical JSON, so that equal specs are equal bytes."""
+        return {SPEC_KEY: json.dumps(self.to_json(), sort_keys=True).encode()}
+
+    @classmethod
+    def from_footer(cls, metadata: Mapping[bytes, bytes] | None) -> Self:
+        """Rebuild the spec from a Parquet footer; raises ValueError where there is none or it is not valid."""
+        if metadata is None or SPEC_KEY not in metadata:
+            raise ValueError("no routing-trace metadata in the footer")
+        values = json.loads(metadata[SPEC_KEY])
+        if not isinstance(values, dict):
+            raise ValueError("the routing-trace metadata in the footer is not an object")
+        return cls.from_json(values)
+
+    @property
+    def id_dtype(self) -> np.dtype[Any]:
+        """Return the smallest unsigned type that holds an expert id."""
+        return np.dtype(np.uint8 if self.num_experts <= 256 else np.uint16)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Return the list columns that exist and their numbers per token: `expert_ids` L*K and so on."""
+        choices = self.num_layers * self.top_k
+        scores = self.num_layers * self.num_experts
+        widths = {"expert_ids": choices}
+        widths |= {"routing_weights": choices} if "weights" in self.store else {}
+        widths |= {"router_logits": scores} if "logits" in self.store else {}
+        widths |= {"lookahead_logits": self.horizons * scores} if "lookahead" in self.store else {}
+        return widths
+
+
+def arrow_schema(spec: TraceSpec) -> pa.Schema:
+    """Return the columns of a shard, all non-null, lists layer-major and of fixed size, with the spec as metadata."""
+    fields = [
+        ("dataset", pa.string()),
+        ("sequence_id", pa.uint32()),
+        ("sequence_key", pa.string()),
+        ("position", pa.uint32()),
+        ("phase", pa.uint8()),
+        ("token_id", pa.int32()),
+        ("token", pa.string()),
+    ]
+    for name, width in spec.widths.items():
+        value = pa.from_numpy_dtype(spec.id_dtype) if name == "expert_ids" else pa.float16()
+        fields.append((name, pa.list_(pa.field("element", value, nullable=False), width)))
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=spec.to_footer())
+
+
+def decoded_bytes_per_token(spec: TraceSpec) -> int:
+    """Return the bytes one token takes in memory, all columns read: exact for numbers, an allowance for strings."""
+    numbers = sum(
+        width * (spec.id_dtype.itemsize if name == "expert_ids" else 2) for name, width in spec.widths.items()
+    )
+    return numbers + 4 + 4 + 1 + 4 + STRING_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceTrace:
+    """One sequence's routing; columns that were not stored or not asked for are None (`tokens_T`: empty).
+
+    `lookahead_logits_THLE[t, h-1, l]` is layer l's router applied to layer (l-h)'s router input, zeros where l < h.
+    """
+
+    dataset: str
+    sequence_id: int
+    sequence_key: str
+    token_ids_T: NDArray[np.int32]  # -1 where unknown
+    tokens_T: list[str]
+    phase_T: NDArray[np.uint8]
+    expert_ids_TLK: NDArray[Any]  # uint8 or uint16
+    routing_weights_TLK: NDArray[np.float16] | None = None
+    router_logits_TLE: NDArray[np.float16] | None = None
+    lookahead_logits_THLE: NDArray[np.float16] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Return T."""
+        return int(self.expert_ids_TLK.shape[0])
+
+    def check(self, spec: TraceSpec) -> None:
+        """Raise ValueError unless this may be stored as a sequence of `spec`: all columns, shapes, types, values."""
+        tokens, layers, experts = self.num_tokens, spec.num_layers, spec.num_experts
+        expected: dict[str, tuple[tuple[int, ...], np.dtype[Any], bool]] = {
+            "token_ids_T": ((tokens,), np.dtype(np.int32), True),
+            "phase_T": ((tokens,), np.dtype(np.uint8), True),
+            "expert_ids_TLK": ((tokens, layers, spec.top_k), spec.id_dtype, True),
+            "routing_weights_TLK": ((tokens, layers, spec.top_k), np.dtype(np.float16), "weights" in spec.store),
+            "router_logits_TLE": ((tokens, layers, experts), np.dtype(np.float16), "logits" in spec.store),
+            "lookahead_logits_THLE": (
+                (tokens, spec.horizons, layers, experts),
+                np.dtype(np.float16),
+                "lookahead" in spec.store,
+            ),
+        }
+        for name, (shape, dtype, wanted) in expected.items():
+            array = getattr(self, name)
+            if (array is not None) != wanted:
+                raise ValueError(f"{name} is {'missing' if wanted else 'given'}, but store is {spec.store}")
+            if wanted and (array.shape != shape or array.dtype != dtype):
+                raise ValueError(f"{name} is {array.dtype} {array.shape}, wanted {dtype} {shape}")
+        if tokens == 0 or len(self.tokens_T) != tokens:
+            raise ValueError(
+                f"{len(self.tokens_T)} token strings for {tokens} tokens; a sequence has at least one token"
+            )
+        problem = routing_fault(spec, self.expert_ids_TLK, self.routing_weights_TLK)
+        if problem:
+            raise ValueError(problem)
+        for name in ("router_logits_TLE", "lookahead_logits_THLE"):
+            array = getattr(self, name)
+            if array is not None and not np.isfinite(array).all():
+                raise ValueError(f"{name}: {np.count_nonzero(~np.isfinite(array))} values are not finite")
+
+
+def routing_fault(spec: TraceSpec, ids_TLK: NDArray[Any], weights_TLK: NDArray[np.float16] | None) -> str | None:
+    """Return the first thing that can not be true of these choices, with its token and layer, or None.
+
+    Ids are below E and distinct within a token's K; weights are finite, fall where the spec says so, and sum to 1 where
+    it says so.
+    """
+    faults = [("an expert id of E or more", (ids_TLK >= spec.num_experts).any(-1))]
+    if spec.top_k > 1:
+        ordered = np.sort(ids_TLK, axis=-1)
+        faults.append(("an expert twice", (ordered[..., 1:] == ordered[..., :-1]).any(-1)))
+    if weights_TLK is not None:
+        faults.append(("a weight that is not finite", ~np.isfinite(weights_TLK).all(-1)))
+        if spec.expert_order == "weight":
+            faults.append(("weights that rise", (weights_TLK[..., 1:] > weights_TLK[..., :-1]).any(-1)))
+        if spec.weights_normalized:
+            off = np.abs(weights_TLK.sum(-1, dtype=np.float32) - 1) > NORMALIZED_TOLERANCE
+            faults.append(("weights that do not sum to 1", off))
+    for problem, where_TL in faults:
+        if where_TL.any():
+            token, layer = (int(i) for i in np.argwhere(where_TL)[0])
+            return f"token {token}, layer {layer}: {problem}: ids {ids_TLK[token, layer].tolist()}" + (
+                f", weights {weights_TLK[token, layer].tolist()}" if weights_TLK is not None else ""
+            )
+    return None
