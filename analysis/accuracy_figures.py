@@ -30,9 +30,9 @@ def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the headline table: a row per predictor, a column per metric, in per cent, each column's best marked."""
     names = series_names(evaluation)
     budgets = sorted({int(budget) for name in names for budget in evaluation["predictors"][name]["recall"]})
-    metrics = [(f"recall at {budget}", "recall", str(budget)) for budget in budgets]
+    metrics = [(f"recall at\N{NO-BREAK SPACE}{budget}", "recall", str(budget)) for budget in budgets]
     metrics += [("exact set", "exact_set", ""), ("hit at 1", "hit_at_1", ""), ("any hit", "any_hit", "")]
-    metrics += [(f"router's first in top {n}", "top_n_accuracy", str(n)) for n in (1, 3, 5, 10)]
+    metrics += [(f"first in\N{NO-BREAK SPACE}top\N{NO-BREAK SPACE}{n}", "top_n_accuracy", str(n)) for n in (1, 3, 5, 10)]
     columns, cells = [], []
     for title, key, inner in metrics:
         values = [_metric(evaluation["predictors"][name], key, inner) for name in names]
@@ -80,7 +80,7 @@ def layer_figure(evaluation: Mapping[str, Any]) -> Figure:
         points = [(entry["layer"], entry["recall"][budget]) for entry in by_layer if budget in entry.get("recall", {})]
         points = [(layer, metric) for layer, metric in points if metric and metric.get("value") is not None]
         layers = [layer for layer, _ in points]
-        values, low, high = (np.array([metric[end] for _, metric in points]) for end in ("value", "low", "high"))
+        values, low, high = (np.array([100 * metric[end] for _, metric in points]) for end in ("value", "low", "high"))
         rows += [[readable(name), *_percent_row(layer, metric)] for layer, metric in points]
         if name not in BASELINES:
             data += _band(name, layers, low, high, style.colours)
@@ -88,10 +88,10 @@ def layer_figure(evaluation: Mapping[str, Any]) -> Figure:
             name, layers, values, style.colours, marker=style.marker, dash=style.dash, width=style.width, group=name
         )
         trace["customdata"] = rounded(np.stack([low, high], axis=-1), 4) if points else []
-        trace["hovertemplate"] = "%{y:.1%}  [%{customdata[0]:.1%}, %{customdata[1]:.1%}]"
+        trace["hovertemplate"] = "%{y:.1f} %  [%{customdata[0]:.1f}, %{customdata[1]:.1f}]"
         data.append(trace)
     layout = line_layout("layer", "", height=400)
-    layout["yaxis"] |= {"tickformat": ".0%", "title": {"text": f"recall at {budget}"}}
+    layout["yaxis"] |= {"ticksuffix": " %", "title": {"text": f"recall at {budget}"}}
     layout["xaxis"] |= ticks(int(evaluation["num_layers"]), 16)
     return Figure(
         key="accuracy_by_layer",
@@ -115,7 +115,7 @@ def budget_figure(evaluation: Mapping[str, Any]) -> Figure:
         recall = evaluation["predictors"][name]["recall"]
         points = [(int(budget), metric) for budget, metric in recall.items() if metric]
         points.sort(key=lambda point: point[0])
-        values, low, high = (np.array([metric[end] for _, metric in points]) for end in ("value", "low", "high"))
+        values, low, high = (np.array([100 * metric[end] for _, metric in points]) for end in ("value", "low", "high"))
         trace = line(
             name, [budget for budget, _ in points], values, style.colours, marker=style.marker, dash=style.dash,
             width=style.width,
@@ -129,12 +129,12 @@ def budget_figure(evaluation: Mapping[str, Any]) -> Figure:
             "width": 3,
         }
         trace["customdata"] = rounded(np.stack([low, high], axis=-1), 4) if points else []
-        trace["hovertemplate"] = "%{y:.1%}  [%{customdata[0]:.1%}, %{customdata[1]:.1%}]"
+        trace["hovertemplate"] = "%{y:.1f} %  [%{customdata[0]:.1f}, %{customdata[1]:.1f}]"
         data.append(trace)
         rows += [[readable(name), *_percent_row(budget, metric)] for budget, metric in points]
     budgets = sorted({row[1] for row in rows})
     layout = line_layout("experts that may be named", "", height=360)
-    layout["yaxis"] |= {"tickformat": ".0%", "title": {"text": "recall"}}
+    layout["yaxis"] |= {"ticksuffix": " %", "title": {"text": "recall"}}
     layout["xaxis"] |= {"tickvals": budgets}
     return Figure(
         key="accuracy_by_budget",
@@ -181,7 +181,7 @@ def difference_figure(evaluation: Mapping[str, Any]) -> Figure:
     layout = line_layout("percentage points", "", height=80 + 34 * len(names)) | {"showlegend": False}
     layout["hovermode"] = "closest"
     layout["margin"]["l"] = 30
-    layout["xaxis"] |= {"zeroline": True, "zerolinewidth": 1.5, "rangemode": "tozero", "tickformat": "+.3~g"}
+    layout["xaxis"] |= {"showgrid": True, "zeroline": True, "zerolinewidth": 1.5, "rangemode": "tozero", "tickformat": "+.3~g"}
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False, "automargin": True, "type": "category"}
     return Figure(
         key="differences",

@@ -17,7 +17,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+from plotly.offline import get_plotlyjs
 
 from analysis import accuracy_figures, routing_figures
 from analysis.figures import Figure, rounded
@@ -198,10 +198,7 @@ def _headline(routing: Sequence[Figure], evaluation: Mapping[str, Any] | None) -
         }
         if recalls:
             best = max(recalls, key=lambda name: recalls[name])
-            headline |= {
-                kind: readable(best),
-                "recall" if kind == "predictor" else "baseline_recall": 100 * recalls[best],
-            }
+            headline[kind] = {"name": readable(best), "per_cent": 100 * recalls[best]}
     return headline
 
 

@@ -24,6 +24,7 @@ from analysis.transitions import TransitionCounts, conditional, transition_bits
 from analysis.usage import MutualInformation, UsageCounts
 
 SMALL_MULTIPLES = 12  # data sets drawn side by side; the table holds all of them
+ROW_GAP = 60  # px between rows of small multiples, for ticks and the next title
 OCTAVES = 3  # usage colours reach from 1/8 to 8 times uniform
 
 
@@ -61,8 +62,7 @@ def usage_figure(share_LE: NDArray[np.float64]) -> Figure:
     sentence = (
         f"Pale cells are used as often as uniform choice would use them ({100 * uniform:.3g} %), orange ones more, "
         f"blue ones less; the busiest is expert {busiest[1]} of layer {busiest[0]} with {100 * share_LE.max():.1f} % "
-        f"of its layer's selections, and {unused or 'none'} of all {share_LE.size} "
-        f"{'is' if unused == 1 else 'are'} never chosen."
+        f"of its layer's selections, and {unused if unused else 'not one'} of the {share_LE.size} is never chosen."
     )
     return Figure(
         key="usage",
@@ -84,13 +84,13 @@ def dataset_figure(difference_DLE: NDArray[np.float64], datasets: Sequence[str],
     rows = -(-len(shown) // columns)
     limit = float(np.quantile(np.abs(points_DLE), 0.995)) or 1.0
     height = float(np.clip(num_layers * 9, 110, 260))
-    gap_x, gap_y = 0.022, 44 / (rows * (height + 44))
-    width = (1 - gap_x * (columns - 1)) / columns
-    share_y = (1 - gap_y * (rows - 1)) / rows
+    plot_height = rows * height + (rows - 1) * ROW_GAP
+    gap_x, gap_y = 0.022, ROW_GAP / plot_height
+    width, share_y = (1 - gap_x * (columns - 1)) / columns, height / plot_height
     data: list[dict[str, Any]] = []
     layout: dict[str, Any] = {
-        "height": round(rows * (height + 44) + 40),
-        "margin": {"l": 44, "r": 10, "t": 30, "b": 44},
+        "height": round(plot_height) + 76,
+        "margin": {"l": 44, "r": 10, "t": 30, "b": 46},
         "coloraxis": {
             "cmin": -limit,
             "cmax": limit,
@@ -147,7 +147,7 @@ def dataset_figure(difference_DLE: NDArray[np.float64], datasets: Sequence[str],
     sentence = (
         f"Orange marks experts that a data set uses more than the mean over data sets, blue less; most of all, "
         f"{readable(datasets[strongest[0]])} uses expert {strongest[2]} of layer {strongest[1]} "
-        f"{abs(points_DLE[strongest]):.1f} points {'more' if more else 'less'}."
+        f"{'more' if more else 'less'}, by {abs(points_DLE[strongest]):.1f} points."
     )
     if len(shown) < num_datasets:
         sentence += f" The {len(shown)} data sets with most tokens are drawn; the table holds all {num_datasets}."
@@ -245,12 +245,12 @@ def transition_information_figure(layers_LEE: NDArray[np.int64], tokens_LEE: NDA
 
 def transition_heatmap(num_experts: int) -> Figure:
     """The empty heatmap that the page fills with the conditional probabilities of the chosen pair of layers."""
-    trace = heatmap(np.zeros((0, 0)), "sequential", zmin=0, zmax=1) | {
-        "hovertemplate": "after expert %{y}: expert %{x}<br>%{z:.3f} of selections<extra></extra>",
-        "colorbar": {"title": {"text": "", "side": "right"}, "tickformat": ".0%"},
+    trace = heatmap(np.zeros((0, 0)), "sequential", zmin=0, zmax=100) | {
+        "hovertemplate": "after expert %{y}: expert %{x}<br>%{z:.1f} % of selections<extra></extra>",
+        "colorbar": {"title": {"text": "", "side": "right"}, "ticksuffix": " %"},
     }
     if num_experts <= 16:
-        trace["texttemplate"] = "%{z:.2f}"
+        trace["texttemplate"] = "%{z:.0f}"
     layout = heatmap_layout(num_experts, num_experts)
     layout["height"] = int(np.clip(num_experts * 30, 300, 620)) + 70
     return Figure(
@@ -258,7 +258,7 @@ def transition_heatmap(num_experts: int) -> Figure:
         title="Which expert follows which",
         sentence=(
             "Each row is an expert that was chosen, and its cells say how the next selections spread over the experts "
-            "(rows sum to 1): the further a row is from even, the more a predictor can use."
+            "(rows sum to 100 %): the further a row is from even, the more a predictor can use."
         ),
         spec={"data": [trace], "layout": layout},
         columns=[],

@@ -17,12 +17,16 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging
 
 from groundwork.errors import ConfigurationError
 from groundwork.hardware import choose_device, free_memory_bytes
 from moe import quantize
 from moe.routers import RouterLayout, find_routers
+
+# Some of what transformers exports is not annotated.
+_auto_model: Any = AutoModel
+_transformers_logging: Any = logging
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -75,7 +79,7 @@ def load_model(
     if target.type != "cpu" or quantization != "none":
         options["device_map"] = {"": target}
     with _refusing(source, "weights"), quantize.quantized_loading(quantization) as quantized_options:
-        model, report = AutoModel.from_pretrained(
+        model, report = _auto_model.from_pretrained(
             source.folder,
             dtype=dtype,
             use_safetensors=True,
@@ -205,7 +209,7 @@ def _sketch(source: _Source, dtype: str) -> tuple[PreTrainedModel, RouterLayout]
         stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
         wanted = (stated or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         with torch.device("meta"):
-            sketch = AutoModel.from_config(config, dtype=wanted, trust_remote_code=False)
+            sketch = _auto_model.from_config(config, dtype=wanted, trust_remote_code=False)
     sketch.config.name_or_path = str(source.folder)
     return sketch, find_routers(sketch)
 
@@ -280,9 +284,9 @@ def _choose(option: str, value: str, known: tuple[str, ...]) -> None:
 @contextmanager
 def _refusing(source: _Source, part: str) -> Iterator[None]:
     """Turn whatever transformers says of unusable files into one sentence, and keep its own reports quiet."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    verbosity, bars = _transformers_logging.get_verbosity(), _transformers_logging.is_progress_bar_enabled()
+    _transformers_logging.set_verbosity_error()
+    _transformers_logging.disable_progress_bar()
     try:
         yield
     except ConfigurationError:
@@ -299,6 +303,6 @@ def _refusing(source: _Source, part: str) -> Iterator[None]:
             "copy or download the model again"
         ) from error
     finally:
-        transformers_logging.set_verbosity(verbosity)
+        _transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            _transformers_logging.enable_progress_bar()

@@ -25,6 +25,8 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from moe.routers import find_routers
 
+_config_of: Any = BitsAndBytesConfig  # not annotated by transformers
+
 MODES = ("none", "int8", "nf4", "nf4-double", "auto")
 # int8 adds one float32 scale to each row of a weight, which weighs most in the narrow rows of small models.
 _MAX_BYTES_PER_PARAMETER = {"int8": 1.25, "nf4": 1.0, "nf4-double": 1.0}
@@ -73,12 +75,11 @@ def quantized_loading(mode: str) -> Iterator[dict[str, Any]]:
     auto.AUTO_QUANTIZER_MAPPING.update(bitsandbytes_4bit=_ExpertQuantizer4Bit, bitsandbytes_8bit=_ExpertQuantizer8Bit)
     try:
         if mode == "int8":
-            config = BitsAndBytesConfig(load_in_8bit=True)
+            settings: dict[str, Any] = {"load_in_8bit": True}
         else:
-            config = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=mode == "nf4-double"
-            )
-        yield {"quantization_config": config}
+            double = mode == "nf4-double"
+            settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
+        yield {"quantization_config": _config_of(**settings)}
     finally:
         auto.AUTO_QUANTIZER_MAPPING.update(stock)
 
@@ -121,7 +122,7 @@ class _SplitExperts:
 
     quantization_config: Any
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         layout = find_routers(model)
         gate_up, down = _expert_converters(get_model_conversion_mapping(model))
         names = (*_linear_names(gate_up), *_linear_names(down))
@@ -136,7 +137,7 @@ class _SplitExperts:
         routers = [site.name for site in layout.sites]
         gates = [name for name, module in model.named_modules() if getattr(module, "out_features", None) == 1]
         self.quantization_config.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *routers, *gates]
-        super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[misc]
+        return super()._process_model_before_weight_loading(model, *args, **kwargs)  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Drop the converters that merge the experts' weights into the parameters that are no longer there."""

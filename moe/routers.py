@@ -167,19 +167,33 @@ def _profile(site: RouterSite, family: str) -> tuple[int, int, bool]:
     missing = sorted(name for name, value in extra.items() if not isinstance(value, torch.Tensor))
     if width is None or missing:
         raise _refusal(family, f"its {type(site.module).__name__} is called with {missing or 'no weight matrix'}")
-    try:
-        with torch.device("cpu"), torch.no_grad():  # while a model loads, the default device is meta
-            parameters = {name: random_like(tensor) for name, tensor in tensors.items()}
-            arguments = {name: random_like(value) for name, value in extra.items() if isinstance(value, torch.Tensor)}
-            tokens_ND = torch.randn(16, width, generator=generator)
-            output = functional_call(site.module, parameters, (tokens_ND,), arguments)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise _refusal(family, f"its {type(site.module).__name__} can not be called alone ({error})") from error
+    with torch.device("cpu"), torch.no_grad():  # while a model loads, the default device is meta
+        parameters = {f"router.{name}": random_like(tensor) for name, tensor in tensors.items()}
+        arguments = {name: random_like(value) for name, value in extra.items() if isinstance(value, torch.Tensor)}
+        tokens_ND = torch.randn(16, width, generator=generator)
+        try:
+            try:
+                output = functional_call(_WithoutHooks(site.module), parameters, (tokens_ND,), arguments)
+            except (RuntimeError, ValueError):  # some take [B, T, D] only
+                output = functional_call(_WithoutHooks(site.module), parameters, (tokens_ND[None],), arguments)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise _refusal(family, f"its {type(site.module).__name__} can not be called alone ({error})") from error
     if not (isinstance(output, tuple) and len(output) >= 3 and _is_routing(*output[:3])):
         raise _refusal(family, f"its {type(site.module).__name__} does not return (logits, weights, ids)")
     logits_NE, weights_NK, ids_NK = output[:3]
     sums = weights_NK.float().sum(dim=-1)
     return logits_NE.shape[-1], ids_NK.shape[-1], bool(torch.allclose(sums, torch.ones_like(sums), atol=1e-3))
+
+
+class _WithoutHooks(nn.Module):
+    """Calls a router so that no hook on it, ours or others', takes the call for a batch."""
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.router.forward(*args, **kwargs)
 
 
 def _is_routing(logits: Any, weights: Any, ids: Any) -> bool:

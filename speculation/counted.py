@@ -1,7 +1,7 @@
 """Predictors that count: frequency, repeat and markov, all from one streaming pass of mergeable counts.
 
-They are the baselines beside every figure, so they are as strong as their idea allows: `repeat` fills budgets above K with
-the most recently used experts, `markov` smooths each transition row with the layer's frequencies.
+They are the baselines beside every figure, so they get every budget right: `repeat` fills budgets above K with the most
+recently used experts, `markov` smooths each transition row with the layer's frequencies.
 """
 
 from __future__ import annotations
@@ -79,13 +79,17 @@ class RoutingCounts:
         atomic.write_bytes(path, safetensors.torch.save(tensors))
 
     @classmethod
-    def load(cls, path: Path) -> RoutingCounts:
-        """Reads the counts; raises ConfigurationError when the file is missing or damaged."""
+    def load(cls, path: Path, shape: RoutingShape) -> RoutingCounts:
+        """Reads the counts; raises ConfigurationError when the file is missing, damaged or of another shape."""
         tensors = read_tensors(path)
-        try:
-            return cls(*(tensors[name].long() for name in ("usage_LE", "transitions_HLEE", "previous_PEE")))
-        except KeyError as error:
-            raise ConfigurationError(f"{path}: lacks the tensor {error}; train the predictor again") from error
+        empty = cls.zeros(shape)
+        for name, expected in vars(empty).items():
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            if found != tuple(expected.shape):
+                raise ConfigurationError(
+                    f"{path}: tensor {name} is {found}, wanted {tuple(expected.shape)} for {shape}; train the predictor again"
+                )
+        return cls(*(tensors[name].long() for name in vars(empty)))
 
 
 def count_routing(dataset: TraceDataset, split: str = "train", hold_out: Collection[str] = ()) -> RoutingCounts:
@@ -104,7 +108,7 @@ def baselines_from(counts: RoutingCounts, shape: RoutingShape) -> dict[str, Pred
     return {cls.name: cls().fit_counts(counts, shape) for cls in (Frequency, Repeat, Markov)}
 
 
-class _Counted(Predictor):
+class CountedPredictor(Predictor):
     """A predictor whose whole state follows from RoutingCounts."""
 
     def fit(self, dataset: TraceDataset, *, split: str = "train", hold_out: Collection[str] = ()) -> Self:
@@ -118,7 +122,7 @@ class _Counted(Predictor):
 
 
 @register
-class Frequency(_Counted):
+class Frequency(CountedPredictor):
     """How often each layer uses each expert: the same scores for every token."""
 
     name = "frequency"
@@ -139,7 +143,7 @@ class Frequency(_Counted):
 
 
 @register
-class Repeat(_Counted):
+class Repeat(CountedPredictor):
     """The previous token's experts at that layer in their stored order, then those used most recently before; learns nothing."""
 
     name = "repeat"
@@ -155,7 +159,7 @@ class Repeat(_Counted):
 
 
 @register
-class Markov(_Counted):
+class Markov(CountedPredictor):
     """Transition counts from the layer h below, smoothed with frequency; layers without one follow the token before.
 
     An expert's score is the mean of its smoothed transition probabilities from the K source experts.

@@ -22,7 +22,7 @@ SCORE_TOKENS = 2048  # tokens scored at once; fixed, so that scores do not depen
 
 
 class NeuralPredictor(Predictor):
-    """A predictor whose fitted state is a torch module; built by `build`, trained by speculation.trainer."""
+    """A predictor whose fitted state is a torch module; built by `build`, trained by speculation.loop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ class NeuralPredictor(Predictor):
         return self
 
     def fit(self, dataset: TraceDataset, *, split: str = "train", hold_out: Collection[str] = (), **limits: Any) -> Self:
-        """Trains in memory-bounded steps without leaving files; `limits` are fields of trainer.LoopSettings."""
-        from speculation.trainer import LoopSettings, fit_module
+        """Trains in memory-bounded steps without leaving files; `limits` are fields of loop.LoopSettings."""
+        from speculation.loop import LoopSettings, fit_module
 
         fit_module(self, dataset, LoopSettings(**limits), split=split, hold_out=hold_out)
         return self

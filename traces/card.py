@@ -65,7 +65,8 @@ def render_card(plan: Plan, manifest: list[ManifestLine]) -> str:
             f"# Routing traces of {_plain(spec.model_name)}",
             "",
             f"Which experts the model's routers chose: {sum(sequences.values()):,} sequences, "
-            f"{sum(tokens.values()):,} tokens, {len(done)} shards. One row is one token; a sequence's rows stand together and are never cut.",
+            f"{sum(tokens.values()):,} tokens, {len(done)} shards. "
+            "One row is one token; a sequence's rows stand together and are never cut.",
             "",
             "## Model and run",
             "",

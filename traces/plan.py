@@ -102,11 +102,13 @@ class Plan:
             text, table = path.read_bytes(), table_path.read_bytes()
             values = json.loads(text)
             checksum = values["sequences_sha256"]
+            if _with_digest({name: value for name, value in values.items() if name != "digest"}) != text:
+                raise ValueError("the content differs from its own digest")
             if hashlib.sha256(table).hexdigest() != checksum:
                 raise ConfigurationError(
                     f"{table_path}: sha256 differs from the one in {PLAN_NAME}; restore the file or collect again"
                 )
-            plan = cls(
+            return cls(
                 fingerprint=values["fingerprint"],
                 spec=TraceSpec.from_json(values["spec"]),
                 settings=values["settings"],
@@ -114,13 +116,10 @@ class Plan:
                 shards=[PlannedShard(**shard) for shard in values["shards"]],
                 sequences=pq.read_table(io.BytesIO(table)).replace_schema_metadata(None),
             )
-            if plan._render(checksum) != text:
-                raise ValueError("the content differs from its own digest")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigurationError(
                 f"{path}: not a plan as it was saved ({error}); restore the file or collect again"
             ) from error
-        return plan
 
     def _render(self, sequences_sha256: str) -> bytes:
         values = {
@@ -131,8 +130,13 @@ class Plan:
             "shards": [asdict(shard) for shard in self.shards],
             "sequences_sha256": sequences_sha256,
         }
-        values["digest"] = fingerprint(values)
-        return json.dumps(values, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
+        return _with_digest(values)
+
+
+def _with_digest(values: dict[str, Any]) -> bytes:
+    """Return plan.json's bytes, which hold a digest of everything else in them."""
+    values = values | {"digest": fingerprint(values)}
+    return json.dumps(values, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def shard_name(index: int) -> str:

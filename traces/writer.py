@@ -78,16 +78,16 @@ class ShardWriter:
         """Add the shard's next sequence."""
         if sequence.sequence_id != self._next or self._next >= self.planned.stop_sequence:
             raise ValueError(f"sequence {sequence.sequence_id} given where {self.planned} expects {self._next}")
+        if sequence.num_tokens * decoded_bytes_per_token(self.spec) > ROW_GROUP_BYTES:
+            limit = ROW_GROUP_BYTES // decoded_bytes_per_token(self.spec)
+            raise ConfigurationError(
+                f"sequence {sequence.sequence_key!r} of {sequence.dataset} has {sequence.num_tokens} tokens, a row "
+                f"group holds {limit} with these columns; lower --max_length or store fewer columns"
+            )
         try:
             sequence.check(self.spec)
         except ValueError as error:
             raise ValueError(f"sequence {sequence.sequence_id} of {sequence.dataset}: {error}") from error
-        if sequence.num_tokens * decoded_bytes_per_token(self.spec) > ROW_GROUP_BYTES:
-            limit = ROW_GROUP_BYTES // decoded_bytes_per_token(self.spec)
-            raise ConfigurationError(
-                f"sequence {sequence.sequence_key!r} of {sequence.dataset} has {sequence.num_tokens} tokens, a row group "
-                f"holds {limit} with these columns; lower --max_length or store fewer columns"
-            )
         if self._pending_tokens + sequence.num_tokens > self._group_tokens:
             self._flush()
         self._pending.append(sequence)
@@ -104,9 +104,10 @@ class ShardWriter:
         if (self._next, self._tokens) != (self.planned.stop_sequence, self.planned.num_tokens):
             raise ValueError(f"{self.planned} holds sequences up to {self._next} with {self._tokens} tokens only")
         self._flush()
-        self._close()
-        with self.temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        with _naming(self.run_dir):
+            self._close()
+            with self.temporary.open("rb+") as file:
+                os.fsync(file.fileno())
         self._check_file()
         line = ManifestLine(
             shard=self.planned.name,
@@ -132,7 +133,8 @@ class ShardWriter:
         group, self._pending, self._pending_tokens = self._pending, [], 0
         assert self._parquet is not None
         rows = to_table(group, self.spec, self._schema)
-        self._parquet.write_table(rows, row_group_size=rows.num_rows)
+        with _naming(self.run_dir):
+            self._parquet.write_table(rows, row_group_size=rows.num_rows)
 
     def _close(self) -> None:
         if self._parquet is not None:
@@ -185,9 +187,14 @@ def lock_run(run_dir: Path) -> Iterator[None]:
 
     Raises ConfigurationError when another process holds it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / ".lock"
-    with path.open("a") as file:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("a")
+    except OSError as error:
+        raise ConfigurationError(
+            f"{run_dir}: can not be written ({error.strerror}); give another --output_dir or its permissions"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -195,6 +202,17 @@ def lock_run(run_dir: Path) -> Iterator[None]:
                 f"{run_dir}: another process is writing this run; wait for it or choose another --output_dir"
             ) from error
         yield
+
+
+@contextlib.contextmanager
+def _naming(run_dir: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into an error that names the folder and says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise ExpertSpeculationError(
+            f"{run_dir}: can not be written ({error.strerror or error}); free disk space and run again with --resume"
+        ) from error
 
 
 def file_sha256(path: Path) -> str:

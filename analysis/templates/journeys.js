@@ -41,6 +41,8 @@ const startJourneys = async () => {
     find("zoom").value = state.cell;
     view.scrollLeft = 0;
     find("sequence").value = place;
+    find("note").textContent = guesses.length && sequence.split !== "test"
+      ? `This sequence is of the ${sequence.split.replace("_", ", ")} split, on which predictors may have been fitted: judge them by test sequences.` : "";
     writeTokens();
     all();
   };

@@ -104,15 +104,15 @@ transitions.show = () => {
   const first = (transitions.kind === "layers" ? 0 : layers.length * size) + transitions.place * size;
   const values = transitions.bytes.subarray(first, first + size);
   trace.z = Array.from({ length: experts }, (_, row) => Array.from(values.subarray(row * experts, (row + 1) * experts),
-    (value) => (value === 65535 ? null : value / 65534)));
+    (value) => (value === 65535 ? null : (100 * value) / 65534)));
   trace.zmax = Math.max(...trace.z.flat().map((value) => value ?? 0), 1e-9);
   const next = transitions.kind === "layers";
   name.textContent = next ? `layer ${layer} → ${layer + 1}` : `layer ${layer}`;
   spec.layout.yaxis.title.text = next ? `chosen at layer ${layer}` : "chosen for the previous token";
   spec.layout.xaxis.title.text = next ? `share of selections at layer ${layer + 1}, by expert` : `share of selections for the token, by expert`;
   report.tables.transitions = {
-    columns: [next ? `expert at layer ${layer}` : "expert before", ...trace.z.map((_, expert) => `${expert}`)],
-    rows: trace.z.map((row, expert) => [expert, ...row.map((value) => (value === null ? null : value.toFixed(4)))]),
+    columns: [next ? `expert at layer ${layer}` : "expert before", ...trace.z.map((_, expert) => `${expert}, %`)],
+    rows: trace.z.map((row, expert) => [expert, ...row.map((value) => (value === null ? null : value.toFixed(2)))]),
   };
   const details = document.querySelector('[data-table="transitions"]');
   details.querySelector(".scroll")?.remove();

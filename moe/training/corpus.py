@@ -109,6 +109,8 @@ def _documents(path: Path) -> Iterator[str]:
             continue
         try:
             text = json.loads(line)["text"]
+            if not isinstance(text, str):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, TypeError):
             raise ConfigurationError(f'{path}, line {number}: not an object with a "text" string; correct it') from None
         if text.strip():

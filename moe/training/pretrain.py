@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
-from groundwork.errors import ConfigurationError
+from groundwork.errors import ConfigurationError, IncompleteError
 from groundwork.hardware import choose_device, describe_device
 from groundwork.progress import log, progress
 from groundwork.provenance import library_versions
@@ -37,7 +37,8 @@ class PretrainSettings:
     """What a training run does.
 
     `steps` and `batch_size` (sequences) default to the preset's; `micro_batch` sequences go through the model at once;
-    `checkpoint_minutes` and `validate_steps` say how often.
+    `checkpoint_minutes` and `validate_steps` say how often; `stop_after` steps of this call, training stops with a
+    checkpoint, for jobs with a time limit.
     """
 
     size: str
@@ -52,6 +53,7 @@ class PretrainSettings:
     resume: bool = False
     checkpoint_minutes: float = 5.0
     validate_steps: int = 200
+    stop_after: int | None = None
 
     def resolved(self) -> tuple[MiniSize, int, int, float]:
         """The preset, and the steps, batch size and learning rate that hold after defaults."""
@@ -68,6 +70,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
 
     Raises:
         ConfigurationError: unusable text, an output folder with other content, or a resume that does not fit.
+        IncompleteError: `stop_after` was reached.
     """
     shape, steps, batch_size, learning_rate = settings.resolved()
     previous = _previous(settings)
@@ -151,6 +154,7 @@ class _Run:
         epoch, rows = -1, np.empty((0, self.shape.sequence_length + 1), dtype=np.int32)
         rows_per_epoch = (sum(map(len, documents)) - 1) // self.shape.sequence_length
         saved = time.monotonic()
+        last = self.steps if self.settings.stop_after is None else self.done + self.settings.stop_after
         with progress(total=self.steps, description="pretrain", unit="step") as bar:
             bar.update(self.done)
             while self.done < self.steps:
@@ -175,6 +179,12 @@ class _Run:
                 if time.monotonic() - saved > 60 * self.settings.checkpoint_minutes or self.done == self.steps:
                     self.save()
                     saved = time.monotonic()
+                if self.done == last < self.steps:
+                    self.save()
+                    raise IncompleteError(
+                        f"{self.settings.output_dir}: stopped after step {self.done} of {self.steps}, as --stop_after asked; "
+                        "continue with --resume"
+                    )
 
     def _step(self, rows: Tensor) -> float:
         self.model.train()

@@ -42,5 +42,5 @@ def test_permissions_follow_the_umask(tmp_path):
 
 
 def test_json_refuses_nan(tmp_path):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", float("nan"))

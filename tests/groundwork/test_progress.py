@@ -28,8 +28,10 @@ def test_long_work_off_a_terminal_prints_lines_with_rate_and_time_left(capsys, m
             bar.update()
     out, err = capsys.readouterr()
     lines = err.splitlines()
-    assert out == "" and 2 < len(lines) < 10
-    assert lines[0].startswith("tracing: 3/10 seq, ") and lines[0].endswith("left, loss=1.235, shard=2")
+    assert out == ""
+    assert 2 < len(lines) < 10
+    assert lines[0].startswith("tracing: 3/10 seq, ")
+    assert lines[0].endswith("left, loss=1.235, shard=2")
     assert lines[-1].startswith("tracing: 10/10 seq, ")
 
 
@@ -38,7 +40,8 @@ def test_terminal_gets_a_bar_and_logs_above_it(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     for n in progress(range(3), description="tracing", unit="seq"):
         log(f"note {n}")
-    assert "tracing: 100%" in terminal.getvalue() and "3/3" in terminal.getvalue()
+    assert "tracing: 100%" in terminal.getvalue()
+    assert "3/3" in terminal.getvalue()
     assert "note 1\n" in terminal.getvalue()
 
 

@@ -42,14 +42,16 @@ def save(path: Path, records: list[dict]) -> Path:
 def test_weighted_requests_are_stored_by_falling_weight(tmp_path, name):
     path = save(tmp_path / name, [request(n, tokens=n + 1) for n in range(9)])
     result = import_requests([path], tmp_path / "run", 16, "m", phase="decode", shard_size_mb=0.0005)
-    assert (result.sequences, result.tokens) == (9, 45) and result.shards > 1
+    assert (result.sequences, result.tokens) == (9, 45)
+    assert result.shards > 1
     assert (result.spec.expert_order, result.spec.weights_normalized) == ("weight", True)
     assert verify(tmp_path / "run") == []
     for found, given in zip(
         TraceDataset(tmp_path / "run").sequences("all", ("weights", "tokens")), read_requests(path), strict=True
     ):
         assert (found.sequence_key, found.tokens_T) == (given.key, given.tokens_T)
-        assert found.phase_T.all() and (found.token_ids_T == -1).all()
+        assert found.phase_T.all()
+        assert (found.token_ids_T == -1).all()
         assert (np.diff(found.routing_weights_TLK.astype(np.float32)) <= 0).all()
         for t, layer in np.ndindex(found.expert_ids_TLK.shape[:2]):
             pairs = zip(given.ids_TLK[t, layer].tolist(), given.weights_TLK[t, layer].tolist(), strict=True)
@@ -65,7 +67,8 @@ def test_requests_without_weights_keep_their_order_and_get_no_weights(tmp_path):
     dataset = TraceDataset(tmp_path / "run")
     assert dataset.available == {"ids", "tokens"}
     for found, given in zip(dataset.sequences(), read_requests(path), strict=True):
-        assert (found.expert_ids_TLK == given.ids_TLK).all() and found.routing_weights_TLK is None
+        assert (found.expert_ids_TLK == given.ids_TLK).all()
+        assert found.routing_weights_TLK is None
 
 
 NAN = base64.b64encode(np.full((4, 2, 3), np.nan, "<f2").tobytes()).decode()
@@ -93,7 +96,8 @@ def test_unsound_request_is_refused_with_file_and_line_and_nothing_is_written(tm
     path = save(tmp_path / "a.jsonl", [request(0), second])
     with pytest.raises(ConfigurationError) as refused:
         import_requests([path], tmp_path / "run", 16, "m")
-    assert str(refused.value).startswith(f"{path}:2: ") and message in str(refused.value)
+    assert str(refused.value).startswith(f"{path}:2: ")
+    assert message in str(refused.value)
     assert not (tmp_path / "run").exists()
 
 

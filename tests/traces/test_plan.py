@@ -50,7 +50,7 @@ def test_plan_with_a_gap_or_a_wrong_count_is_refused(make_spec, make_sequences, 
         [first, replace(second, num_tokens=1)],
         [first, replace(second, first_sequence=3)],
     ):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="shard"):
             replace(plan, shards=shards)
 
 

@@ -94,7 +94,8 @@ def test_shuffled_order_is_a_permutation_and_start_resumes_it(run):
     dataset = TraceDataset(run[0])
     order = [each.sequence_id for each in dataset.sequences("train", (), shuffle_seed=5)]
     plain = [each.sequence_id for each in dataset.sequences("train", ())]
-    assert sorted(order) == plain and order != plain
+    assert sorted(order) == plain
+    assert order != plain
     assert order != [each.sequence_id for each in dataset.sequences("train", (), shuffle_seed=6)]
     for start in (0, 1, 57, len(order) - 1, len(order), len(order) + 9):
         again = TraceDataset(run[0]).sequences("train", (), shuffle_seed=5, start=start)
@@ -105,7 +106,8 @@ def test_shuffled_order_is_a_permutation_and_start_resumes_it(run):
 def test_only_the_columns_asked_for_are_read(run):
     first = next(TraceDataset(run[0]).sequences("all", ("logits", "lookahead")))
     assert first.router_logits_TLE is not None
-    assert first.routing_weights_TLK is first.lookahead_logits_THLE is None and first.tokens_T == []
+    assert first.routing_weights_TLK is first.lookahead_logits_THLE is None
+    assert first.tokens_T == []
     with pytest.raises(ValueError, match="unknown columns"):
         TraceDataset(run[0]).sequences("all", ("gates",))
 
@@ -190,3 +192,30 @@ def test_renamed_and_damaged_shards_are_refused_by_name(run, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ExpertSpeculationError, match=r"train-00001\.parquet: .*run 'expert-speculation verify'"):
         list(TraceDataset(folder).sequences("all", EVERYTHING))
+
+
+@settings(max_examples=150, deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_no_flipped_bit_makes_a_shard_read_silently_wrong(small, place, bit):
+    folder, sequences = small
+    content = bytearray((folder / "data/train-00000.parquet").read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    with tempfile.TemporaryDirectory() as flipped:
+        (Path(flipped) / "train-00000.parquet").write_bytes(content)
+        try:
+            found = list(TraceDataset(Path(flipped)).sequences("all", EVERYTHING))
+        except ExpertSpeculationError as error:
+            assert "train-00000.parquet" in str(error)
+            return
+    for each, written in zip(found, sequences, strict=True):
+        assert_equal(each, written)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, make_spec, make_sequences, write_run):
+    """A run of one small shard, with what was written."""
+    spec = make_spec()
+    sequences = make_sequences(spec, [9, 8, 7, 20])
+    folder = tmp_path_factory.mktemp("small")
+    write_run(folder, spec, sequences)
+    return folder, sequences

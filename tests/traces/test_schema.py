@@ -15,20 +15,20 @@ def test_spec_survives_footer_and_json(make_spec):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "message"),
     [
-        {"top_k": 9},
-        {"num_layers": 0},
-        {"moe_layers": (0, 1)},
-        {"moe_layers": (0, 2, 2)},
-        {"expert_order": "size"},
-        {"store": ("weights", "router_input")},
-        {"horizons": 1},
-        {"store": ("lookahead",), "horizons": 0},
+        ({"top_k": 9}, "top_k 9 exceeds num_experts 8"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"moe_layers": (0, 1)}, "2 moe_layers for num_layers 3"),
+        ({"moe_layers": (0, 2, 2)}, "do not rise"),
+        ({"expert_order": "size"}, "expert_order is 'size'"),
+        ({"store": ("weights", "router_input")}, "is not a choice of weights, logits, lookahead"),
+        ({"horizons": 1}, "horizons 1 does not fit store"),
+        ({"store": ("lookahead",), "horizons": 0}, "horizons 0 does not fit store"),
     ],
 )
-def test_inconsistent_spec_is_refused(make_spec, changes):
-    with pytest.raises(ValueError):
+def test_inconsistent_spec_is_refused(make_spec, changes, message):
+    with pytest.raises(ValueError, match=message):
         make_spec(**changes)
 
 

@@ -1,8 +1,10 @@
 """Shards hold exactly what was written, in bounded row groups of whole sequences, and a kill leaves no half of one."""
 
 import os
+import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from groundwork.errors import ConfigurationError
+from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from traces.manifest import read_manifest
 from traces.plan import PlannedShard
-from traces.schema import decoded_bytes_per_token
+from traces.schema import SequenceTrace, decoded_bytes_per_token
 from traces.verify import verify
 from traces.writer import ROW_GROUP_BYTES, ShardWriter, lock_run
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def long(sequence: SequenceTrace, tokens: int) -> SequenceTrace:
+    """Return the sequence with its first token repeated: big arrays without the time to draw them."""
+    arrays = {name: value for name, value in vars(sequence).items() if isinstance(value, np.ndarray)}
+    repeated = {name: np.repeat(value[:1], tokens, axis=0) for name, value in arrays.items()}
+    return replace(sequence, tokens_T=["x"] * tokens, **repeated)
 
 
 def test_row_groups_hold_whole_sequences_within_the_token_limit(tmp_path, make_spec, make_sequences, write_run):
@@ -38,7 +47,7 @@ def test_row_groups_hold_whole_sequences_within_the_token_limit(tmp_path, make_s
 
 def test_row_groups_stay_within_64_mib_decoded(tmp_path, make_spec, make_sequences, write_run):
     spec = make_spec(num_layers=32, num_experts=256, store=("weights", "logits"))
-    write_run(tmp_path, spec, make_sequences(spec, [1500, 1500, 1500]))
+    write_run(tmp_path, spec, [long(each, 1500) for each in make_sequences(spec, [1, 1, 1])])
     metadata = pq.read_metadata(tmp_path / "data" / "train-00000.parquet")
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     assert rows == [3000, 1500]
@@ -47,7 +56,7 @@ def test_row_groups_stay_within_64_mib_decoded(tmp_path, make_spec, make_sequenc
 
 def test_sequence_beyond_a_row_group_is_refused_with_a_remedy(tmp_path, make_spec, make_sequences):
     spec = make_spec(num_layers=64, num_experts=256, store=("logits",), weights_normalized=None)
-    (sequence,) = make_sequences(spec, [2100])
+    sequence = long(*make_sequences(spec, [1]), 2100)
     with (
         pytest.raises(ConfigurationError, match=r"2100 tokens, a row group holds .*lower --max_length"),
         ShardWriter(tmp_path, spec, PlannedShard(0, 0, 1, 2100)) as writer,
@@ -99,6 +108,31 @@ def test_second_writer_is_refused_until_the_first_is_gone(tmp_path):
     with lock_run(tmp_path), pytest.raises(ConfigurationError, match="another process is writing"), lock_run(tmp_path):
         pass
     with lock_run(tmp_path):
+        pass
+
+
+def test_full_disk_is_named_and_leaves_no_part_of_a_shard(tmp_path, make_spec, make_sequences):
+    """A file size limit stands in for a full disk: both fail in the middle of a write."""
+    spec = make_spec()
+    (sequence,) = make_sequences(spec, [2000])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with ShardWriter(tmp_path, spec, PlannedShard(0, 0, 1, 2000)) as writer:
+            writer.write(sequence)
+            with pytest.raises(ExpertSpeculationError, match=r"can not be written .*free disk space and run again"):
+                writer.commit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "data").iterdir()) == list((tmp_path / ".tmp").iterdir()) == []
+
+
+def test_output_folder_that_can_not_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ConfigurationError, match=r"can not be written .*give another --output_dir"),
+        lock_run(tmp_path / "file"),
+    ):
         pass
 
 

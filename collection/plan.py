@@ -1,0 +1,210 @@
+"""The plan of a run, made before any token is traced: the order of sequences, shard ranges, batches, and a fingerprint.
+
+Sequences of all sources are interleaved at random but evenly, so that every shard holds the run's mix. The fingerprint
+covers whatever changes the output: model weights and configuration, token ids, settings, precision, implementations,
+kind of device, torch and transformers.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from collection.batching import cut_batches, padding_share, window_tokens
+from collection.sampling import Draw, Sequence
+from collection.settings import CollectSettings
+from groundwork.errors import ConfigurationError
+from groundwork.provenance import library_versions
+from moe.load import LoadedModel
+from moe.routers import RouterLayout
+from traces.plan import SEQUENCES_SCHEMA, Plan, PlannedShard, cut_shards, fingerprint
+from traces.schema import TraceSpec, decoded_bytes_per_token
+from traces.writer import ROW_GROUP_BYTES
+
+SAMPLED_VALUES = 1024  # of each tensor, for the digest of the weights
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The order of work: sequences by id, shard ranges, and batches as lists of sequence ids, shard after shard."""
+
+    sequences: list[Sequence]
+    shards: list[PlannedShard]
+    batches: list[list[int]]
+
+    @property
+    def num_tokens_S(self) -> list[int]:
+        return [len(sequence.token_ids_T) for sequence in self.sequences]
+
+    @property
+    def padding_share(self) -> float:
+        """Return the share of the positions run through the model that are padding."""
+        return padding_share(self.num_tokens_S, self.batches)
+
+
+def lay_out(draws: list[Draw], spec: TraceSpec, settings: CollectSettings) -> Layout:
+    """Order the drawn sequences and cut them into shards of about `shard_size_mb` and batches.
+
+    Shard sizes are estimates: how well routing compresses is known only once it is written.
+    Raises ConfigurationError for a sequence too long for a row group.
+    """
+    sequences = _interleave(draws, settings.seed)
+    num_tokens_S = [len(sequence.token_ids_T) for sequence in sequences]
+    limit = ROW_GROUP_BYTES // decoded_bytes_per_token(spec)
+    if max(num_tokens_S) > limit:
+        raise ConfigurationError(
+            f"--max_length {settings.max_length}: a text has {max(num_tokens_S)} tokens, and with these columns at most "
+            f"{limit} can be stored together; lower it, or store fewer columns"
+        )
+    shards = cut_shards(num_tokens_S, spec, settings.shard_size_mb)
+    window = window_tokens(spec, settings.batch_tokens)
+    batches = [
+        [shard.first_sequence + position for position in batch]
+        for shard in shards
+        for batch in cut_batches(
+            num_tokens_S[shard.first_sequence : shard.stop_sequence],
+            window=window,
+            batch_tokens=settings.batch_tokens,
+            batch_size=settings.batch_size,
+        )
+    ]
+    return Layout(sequences, shards, batches)
+
+
+def make_plan(
+    layout: Layout, draws: list[Draw], spec: TraceSpec, settings: CollectSettings, loaded: LoadedModel
+) -> Plan:
+    """Return the plan as it is saved; its settings are the fields that a resumed run must share."""
+    identity = {
+        "model": spec.model_name,
+        "model_revision": spec.model_revision,
+        "model_config": _config_digest(loaded.config),
+        "model_weights": weights_digest(loaded.model),
+        "tokenizer": spec.tokenizer_hash,
+        "quantization": spec.quantization,
+        "dtype": spec.model_dtype,
+        "attn_implementation": spec.attn_implementation,
+        "experts_implementation": spec.experts_implementation,
+        "execution": settings.execution,
+        "device": loaded.device.type,
+        "datasets": [each.source.name for each in draws],
+        "texts": _texts_digest(layout.sequences),
+        "target_traces": settings.target_traces,
+        "max_length": settings.max_length,
+        "min_tokens": settings.min_tokens,
+        "batch_size": settings.batch_size,
+        "batch_tokens": settings.batch_tokens,
+        "shard_size_mb": settings.shard_size_mb,
+        "store": list(spec.store),
+        "lookahead": spec.horizons,
+        "seed": settings.seed,
+        "torch": spec.library_versions.get("torch"),
+        "transformers": spec.library_versions.get("transformers"),
+    }
+    table = _table(layout)
+    rows = hashlib.blake2b(digest_size=16)
+    for column in ("num_tokens", "shard", "batch"):
+        rows.update(table[column].to_numpy().tobytes())
+    digest = fingerprint({**identity, "layout": rows.hexdigest()})
+    return Plan(
+        fingerprint=digest,
+        spec=replace(spec, plan_fingerprint=digest),
+        settings=identity,
+        sources=[each.facts for each in draws],
+        shards=layout.shards,
+        sequences=table,
+    )
+
+
+def make_spec(loaded: LoadedModel, layout: RouterLayout, settings: CollectSettings) -> TraceSpec:
+    """Return what the traces will say of the model; the plan adds its fingerprint."""
+    return TraceSpec(
+        model_name=loaded.name,
+        model_revision=loaded.revision,
+        num_layers=layout.num_layers,
+        num_experts=layout.num_experts,
+        top_k=layout.top_k,
+        moe_layers=layout.moe_layers,
+        expert_order="weight",
+        weights_normalized=layout.weights_normalized,
+        quantization=loaded.quantization,
+        model_dtype=loaded.dtype,
+        router_dtype=str(next(layout.sites[0].module.parameters()).dtype).removeprefix("torch."),
+        attn_implementation=loaded.attn_implementation,
+        experts_implementation=loaded.experts_implementation,
+        library_versions=library_versions(),
+        tokenizer_hash=loaded.tokenizer_hash,
+        seed=settings.seed,
+        plan_fingerprint="",
+        store=settings.columns,
+        horizons=settings.horizons,
+    )
+
+
+def differing_fields(old: Plan, new: Plan) -> str:
+    """Return the fields in which two plans differ, with both values; every difference of the fingerprint is named."""
+    names = [name for name in {**old.settings, **new.settings} if old.settings.get(name) != new.settings.get(name)]
+    return "; ".join(
+        f"{name} was {old.settings.get(name)!r}, is {new.settings.get(name)!r}" for name in names
+    ) or "the cut into shards and batches, made by another version of this program"
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return a digest of evenly spaced values of every tensor: any training step changes it, and 90 GB take seconds."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        flat = tensor.detach().reshape(-1)
+        step = max(flat.numel() // SAMPLED_VALUES, 1)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _interleave(draws: list[Draw], seed: int) -> list[Sequence]:
+    """Spread each source evenly over the run, at random places: a source's n-th part of the run holds one sequence."""
+    generator = np.random.default_rng([seed, len(draws)])
+    places: list[tuple[float, int, int]] = []
+    for index, each in enumerate(draws):
+        count = len(each.sequences)
+        spread: NDArray[np.float64] = (np.arange(count) + generator.random(count)) / max(count, 1)
+        places += [(float(place), index, number) for number, place in enumerate(spread)]
+    return [draws[index].sequences[number] for _, index, number in sorted(places)]
+
+
+def _table(layout: Layout) -> pa.Table:
+    count = len(layout.sequences)
+    shard_S, batch_S = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    for shard in layout.shards:
+        shard_S[shard.first_sequence : shard.stop_sequence] = shard.index
+    for number, batch in enumerate(layout.batches):
+        batch_S[batch] = number
+    columns = {
+        "sequence_id": np.arange(count, dtype=np.uint32),
+        "dataset": [sequence.dataset for sequence in layout.sequences],
+        "sequence_key": [sequence.key for sequence in layout.sequences],
+        "source_row": np.array([sequence.row for sequence in layout.sequences], np.int64),
+        "num_tokens": np.array(layout.num_tokens_S, np.int32),
+        "shard": shard_S,
+        "batch": batch_S,
+    }
+    return pa.table(columns, schema=SEQUENCES_SCHEMA)
+
+
+def _texts_digest(sequences: list[Sequence]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for sequence in sequences:
+        head = json.dumps([sequence.dataset, sequence.key, sequence.row, len(sequence.token_ids_T)])
+        digest.update(head.encode() + sequence.token_ids_T.tobytes())
+    return digest.hexdigest()
+
+
+def _config_digest(config: Any) -> str:
+    """Return a digest of the model's configuration without what says nothing of it: its path, the library's version."""
+    values = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+    values.pop("_name_or_path", None)
+    return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,95 @@
+"""What a collection run is told: every option of `collect`, checked when the settings are made."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from groundwork.errors import ConfigurationError
+from traces.schema import OPTIONAL_COLUMNS
+
+EXECUTIONS = ("resident",)
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """Options of one run; raises ConfigurationError for values that can not be meant.
+
+    `batch_size` counts sequences and, where given, replaces `batch_tokens`, which counts tokens with padding.
+    `shard_size_mb` is in 10**6 bytes. `store` names the columns beside the expert ids; a `lookahead` of H layers stores
+    the lookahead column, and that column alone stands for H = 1.
+    """
+
+    model: str = "models/mini-mixtral"
+    quantization: str = "none"
+    execution: str = "resident"
+    datasets: str = "installed"
+    dataset_root: Path | None = None
+    target_traces: int = 1500
+    max_length: int = 512
+    min_tokens: int = 8
+    batch_size: int | None = None
+    batch_tokens: int = 8192
+    device: str = "auto"
+    dtype: str = "auto"
+    shard_size_mb: float = 256.0
+    output_dir: Path | None = None
+    output_suffix: str | None = None
+    store: tuple[str, ...] = ("weights",)
+    lookahead: int = 0
+    seed: int = 0
+    resume: bool = False
+    attn_implementation: str | None = None
+    experts_implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_traces", "max_length", "min_tokens", "batch_size", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"--{name} {value}: must be at least 1; give a larger number")
+        if not (math.isfinite(self.shard_size_mb) and self.shard_size_mb > 0):
+            raise ConfigurationError(
+                f"--shard_size_mb {self.shard_size_mb:g}: must be above 0; give the megabytes of a shard, such as 256"
+            )
+        for name in ("lookahead", "seed"):
+            if getattr(self, name) < 0:
+                raise ConfigurationError(f"--{name} {getattr(self, name)}: must not be negative; give 0 or more")
+        if self.min_tokens > self.max_length:
+            raise ConfigurationError(
+                f"--min_tokens {self.min_tokens}: exceeds --max_length {self.max_length}, so no text would be kept; "
+                "lower it"
+            )
+        unknown = [name for name in self.store if name not in OPTIONAL_COLUMNS]
+        if unknown:
+            raise ConfigurationError(
+                f"--store {unknown[0]}: unknown column; choose among {', '.join(OPTIONAL_COLUMNS)}"
+            )
+        if self.execution not in EXECUTIONS:
+            raise ConfigurationError(f"--execution {self.execution}: unknown; use {', '.join(EXECUTIONS)}")
+        if self.output_suffix is not None:
+            if self.output_dir is not None:
+                raise ConfigurationError(
+                    f"--output_suffix {self.output_suffix}: only lengthens the default folder's name; "
+                    "give the whole name in --output_dir, or leave that out"
+                )
+            if "/" in self.output_suffix:
+                raise ConfigurationError(
+                    f"--output_suffix {self.output_suffix}: must not hold '/'; name another folder with --output_dir"
+                )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return the optional columns to store, in the format's order."""
+        wanted = {*self.store, *(["lookahead"] if self.lookahead else [])}
+        return tuple(name for name in OPTIONAL_COLUMNS if name in wanted)
+
+    @property
+    def horizons(self) -> int:
+        """Return H, how many layers ahead the lookahead column reaches; 0 where it is not stored."""
+        return max(self.lookahead, 1) if "lookahead" in self.columns else 0
+
+    def run_dir(self, model_name: str) -> Path:
+        """Return the run's folder; without `output_dir` it is called after the model."""
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        suffix = f"_{self.output_suffix}" if self.output_suffix else ""
+        return Path("routing_data") / (model_name.rsplit("/", 1)[-1] + suffix)

@@ -1,0 +1,57 @@
+"""`collect`: traces -> shards."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from expert_speculation.options import PATH, device_option, json_option, model_option, print_facts, seed_option, write_results
+
+
+@click.command()
+@model_option
+@click.option("--quantization", type=click.Choice(["auto", "none", "int8", "nf4", "nf4-double"]), default="auto",
+              help="Precision of the experts; auto quantises only what would not fit the GPU.")
+@click.option("--execution", type=click.Choice(["auto", "resident"]), default="auto",
+              help="How layers are run; resident keeps the whole model in memory.")
+@click.option("--datasets", default="installed",
+              help="Names, mixes (installed, default), files or NAME=PATH, separated by commas.")
+@click.option("--dataset_root", type=PATH, help="Read registered data sets from NAME.jsonl, .parquet, .csv or .txt there.")
+@click.option("--target_traces", type=int, default=1500, help="Sequences to trace, balanced over the data sets.")
+@click.option("--max_length", type=int, default=512, help="Tokens at which a sequence is cut.")
+@click.option("--min_tokens", type=int, default=8, help="Shorter texts are skipped and counted.")
+@click.option("--batch_size", type=int, help="Sequences per batch; as many as --batch_tokens allow when not given.")
+@click.option("--batch_tokens", type=int, default=8192, help="Padded tokens per batch.")
+@device_option
+@click.option("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16.")
+@click.option("--attn_implementation", help="transformers' attention implementation, e.g. sdpa or eager.")
+@click.option("--experts_implementation", help="transformers' experts implementation, e.g. eager or grouped_mm.")
+@click.option("--shard_size_mb", type=float, default=256.0, help="Size of a shard, about; it holds whole sequences.")
+@click.option("--output_dir", type=PATH, help="Run folder; routing_data/<model>[_<suffix>] when not given.")
+@click.option("--output_suffix", help="Appended to the default run folder's name.")
+@click.option("--store", default="weights", help="Columns beside the expert ids: weights,logits,lookahead.")
+@click.option("--lookahead", type=int, default=0, help="Horizons of stored lookahead logits; with --store lookahead at least 1.")
+@seed_option
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--dry_run", is_flag=True, help="Print what would be done, and stop.")
+@click.option("--engine", type=click.Choice(["local"]), default="local", help="What works the plan off.")
+@click.option("--shard_data", is_flag=True, hidden=True, help="Accepted; shards are always written.")
+@json_option
+def collect(
+    store: str, output_dir: Path | None, dry_run: bool, json_file: Path | None, engine: str, shard_data: bool, **options: Any
+) -> None:
+    """Trace what a model's routers choose over mixed texts, into Parquet shards."""
+    from collection.collector import CollectSettings
+    from collection.collector import collect as run
+    from collection.collector import dry_run as plan_only
+
+    columns = tuple(name for name in store.replace(" ", "").split(",") if name)
+    settings = CollectSettings(store=columns, output_dir=output_dir, **options)
+    if dry_run:
+        plan = plan_only(settings)
+        print_facts(plan)
+        write_results(json_file, plan)
+        return
+    result = run(settings)
+    print_facts(result.facts())
+    write_results(json_file, result.facts())

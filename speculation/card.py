@@ -1,0 +1,72 @@
+"""The model card of a predictor folder: what it predicts, from what it was made, and how to use it."""
+
+from __future__ import annotations
+
+import json
+
+from speculation.predictor import Predictor
+
+CARD_FILE = "README.md"
+
+
+def model_card(predictor: Predictor, folder_name: str) -> str:
+    """The card as Markdown with Hugging Face metadata; every fact comes from the predictor's provenance."""
+    assert predictor.shape_ is not None
+    made = predictor.provenance_
+    rows = {
+        "Predictor": f"`{predictor.name}`",
+        "Traced model": _code(made["traced_model"]),
+        "Shape": str(predictor.shape_),
+        "Traced in quantisation": _code(made["traced_quantization"]),
+        "Trained on": f"{made['train_tokens']:,} tokens of {made['train_sequences']:,} sequences",
+        "Data sets": ", ".join(_code(name) for name in made["datasets"]),
+        "Held out": ", ".join(_code(name) for name in made["hold_out_dataset"]) or "none",
+        "Sees": ", ".join(made["columns"]),
+        "Plan fingerprint of the traces": f"`{made['plan_fingerprint']}`",
+        "Duration": f"{made['seconds']:,.0f} s",
+    }
+    if "parameters" in made:
+        rows |= {
+            "Parameters": f"{made['parameters']:,}",
+            "Steps": f"{made['steps']:,} ({made['trained_tokens']:,} tokens)",
+            "Device": made["device"],
+            "Recall at K on validation_stop, 1 layer ahead": str(made["validation_recall"]),
+        }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""---
+library_name: expert-speculation
+tags: [mixture-of-experts, expert-prediction]
+---
+
+# {folder_name}
+
+Predicts which experts a mixture-of-experts model will choose, layers ahead of its routers, from the routing so far.
+It fits traces of the model named here and of no other.
+
+| | |
+|---|---|
+{table}
+
+The figure above chose the weights, so it flatters; `expert-speculation evaluate` scores sequences never used in training,
+beside the baselines whose counts lie in `baselines.safetensors`:
+
+```
+expert-speculation evaluate --shard_dir RUN --predictor_dir {folder_name}
+```
+
+```python
+from speculation import load_predictor
+
+predictor = load_predictor("{folder_name}")
+scores_TLE = predictor.predict_scores(batch, horizon=1)  # batch: speculation.RoutingBatch
+```
+
+Made with: {", ".join(f"{name} {version}" for name, version in made["library_versions"].items())}.
+
+Settings: `{json.dumps(made.get("settings", {}))}`, options `{json.dumps(predictor.options())}`.
+"""
+
+
+def _code(text: str) -> str:
+    """Foreign text as inline code that can not leave its table cell."""
+    return f"`{str(text).replace('`', chr(39)).replace('|', '/').replace(chr(10), ' ')}`"

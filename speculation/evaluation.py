@@ -1,0 +1,268 @@
+"""The evaluation protocol: every predictor and every baseline on the same sequences, with intervals and paired differences.
+
+One streaming pass; what is kept is a sum per predictor, sequence, layer and metric, whatever the number of tokens.
+Headline figures average over all tokens and the layers that have a layer `horizon` below them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from groundwork.errors import ConfigurationError
+from groundwork.progress import progress
+from speculation.bootstrap import Floats, interval, resampled_means
+from speculation.counted import BASELINES_FILE, Repeat, RoutingCounts, baselines_from, count_routing
+from speculation.features import packed_batches
+from speculation.metrics import budgets, chance_values, layer_sums, metric_names
+from speculation.predictor import MAX_HORIZON, OPTIONAL_COLUMNS, Predictor, RoutingShape
+from traces.reader import TraceDataset
+
+FORMAT_VERSION = 1
+BATCH_TOKENS = 4096
+BASELINES = ("chance", "frequency", "repeat", "markov")
+
+
+@dataclass
+class _Tally:
+    """Per-sequence sums of one pass: sums[name] grows to (S, L, M)."""
+
+    tokens: list[int] = field(default_factory=list)
+    datasets: list[str] = field(default_factory=list)
+    sums: dict[str, list[Floats]] = field(default_factory=dict)
+
+
+def evaluate(
+    dataset: TraceDataset,
+    predictors: Mapping[str, Predictor],
+    *,
+    split: str = "test",
+    horizon: int = 1,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Scores predictors (by the name they shall have in the result) on a split, beside chance and the baselines.
+
+    Raises ConfigurationError when the split is empty, the horizon leaves no layer, or a predictor does not fit the traces.
+    """
+    shape = RoutingShape.of(dataset)
+    if not 1 <= horizon <= min(MAX_HORIZON, shape.num_layers - 1):
+        raise ConfigurationError(
+            f"--horizon {horizon}: a model of {shape.num_layers} MoE layers has predictions 1 to "
+            f"{min(MAX_HORIZON, shape.num_layers - 1)} layers ahead"
+        )
+    for predictor in predictors.values():
+        origin = str(predictor.folder_ or predictor.name)
+        predictor.check_shape(dataset, origin)
+        predictor.check_columns(dataset, origin)
+    notes: list[str] = []
+    everyone = {**predictors, **_baselines(dataset, predictors, split, notes)}
+    names = metric_names(shape, dataset.spec.expert_order == "weight")
+    tally = _tally(dataset, everyone, split, horizon, names)
+    if not tally.tokens:
+        raise ConfigurationError(f"--split {split}: holds no sequence of these traces; use --split all or collect more")
+
+    summary = _Summary(shape, horizon, names, dataset.spec.moe_layers, bootstrap, seed)
+    tokens_S = np.array(tally.tokens, dtype=np.float64)
+    sums = {name: np.concatenate(parts) for name, parts in tally.sums.items()}
+    results: dict[str, Any] = {}
+    for name, predictor in everyone.items():
+        results[name] = {
+            "sees": predictor.sees(dataset.available),
+            **summary.of(sums[name], tokens_S),
+            "by_dataset": {
+                each: summary.of_part(sums[name], tokens_S, np.array([source == each for source in tally.datasets]))
+                for each in sorted(set(tally.datasets))
+            },
+        }
+    results["chance"] = {"sees": [], **summary.of_chance(), "by_dataset": {}}
+    for each in sorted(set(tally.datasets)):
+        results["chance"]["by_dataset"][each] = summary.part_of_chance(tally.datasets.count(each))
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": dataset.spec.model_name,
+        "split": split,
+        "horizon": horizon,
+        "num_layers": shape.num_layers,
+        "num_experts": shape.num_experts,
+        "top_k": shape.top_k,
+        "expert_order": dataset.spec.expert_order,
+        "sequences": len(tally.tokens),
+        "tokens": int(tokens_S.sum()),
+        "bootstrap": bootstrap,
+        "seed": seed,
+        "notes": notes,
+        "predictors": {name: results[name] for name in _order(predictors, results)},
+        "differences": summary.differences(sums, tokens_S, list(predictors)),
+    }
+
+
+def format_table(result: Mapping[str, Any]) -> str:
+    """The result as text for a terminal: one row per predictor, and whom each given predictor is better than."""
+    top_k = result["top_k"]
+    wide = str(max(int(b) for b in result["predictors"]["chance"]["recall"]))
+    first = "hit@1" if result["expert_order"] == "unknown" else "top-1"
+    header = ["predictor", f"recall@{top_k} [95 %]", f"recall@{wide}", first, "exact set"]
+    rows = [header]
+    for name, figures in result["predictors"].items():
+        recall = figures["recall"][str(top_k)]
+        best = figures["hit_at_1"] if figures["top_n_accuracy"] is None else figures["top_n_accuracy"]["1"]
+        rows.append(
+            [
+                name,
+                f"{recall['value']:.3f} [{recall['low']:.3f}, {recall['high']:.3f}]",
+                f"{figures['recall'][wide]['value']:.3f}",
+                f"{best['value']:.3f}",
+                f"{figures['exact_set']['value']:.3f}",
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    for name in dict.fromkeys(difference["a"] for difference in result["differences"]):
+        beaten = [d["b"] for d in result["differences"] if d["a"] == name and d["low"] > 0]
+        if beaten:
+            lines.append(f"{name} is better than {', '.join(beaten)}: the paired difference in recall@{top_k} excludes 0")
+    lines.append(
+        f"{result['sequences']:,} sequences, {result['tokens']:,} tokens of split {result['split']}, "
+        f"{result['horizon']} layer{'s' if result['horizon'] > 1 else ''} ahead"
+    )
+    lines += [f"note: {note}" for note in result["notes"]]
+    return "\n".join(lines)
+
+
+def _baselines(
+    dataset: TraceDataset, predictors: Mapping[str, Predictor], split: str, notes: list[str]
+) -> dict[str, Predictor]:
+    """frequency, repeat and markov by the protocol's rule for where their counts come from; given ones are left as given."""
+    shape = RoutingShape.of(dataset)
+    if split == "all":
+        counts = _counts_of_folders(predictors, shape, notes)
+    elif any(info.split == "train" for info in dataset.index):
+        held_out = sorted({name for p in predictors.values() for name in p.provenance_.get("hold_out_dataset", ())})
+        held_out = [name for name in held_out if name in dataset.datasets]
+        if held_out:
+            notes.append(f"frequency and markov were fitted without {', '.join(held_out)}, as a predictor given was")
+        counts = count_routing(dataset, "train", held_out)
+    else:
+        notes.append("these traces have no train split")
+        counts = _counts_of_folders(predictors, shape, notes)
+    found: dict[str, Predictor] = {"repeat": Repeat()} if counts is None else baselines_from(counts, shape)
+    for name in sorted(found.keys() & predictors.keys()):
+        notes.append(f"{name} is the predictor given, not one fitted for this evaluation")
+    return {name: predictor for name, predictor in found.items() if name not in predictors}
+
+
+def _counts_of_folders(
+    predictors: Mapping[str, Predictor], shape: RoutingShape, notes: list[str]
+) -> RoutingCounts | None:
+    for name, predictor in predictors.items():
+        if predictor.folder_ is not None and (predictor.folder_ / BASELINES_FILE).is_file():
+            counts = RoutingCounts.load(predictor.folder_ / BASELINES_FILE, shape)
+            notes.append(f"frequency and markov use the counts of the traces that {name} was trained on")
+            return counts
+    notes.append("frequency and markov are left out: no predictor folder with their counts was given")
+    return None
+
+
+def _tally(
+    dataset: TraceDataset, predictors: Mapping[str, Predictor], split: str, horizon: int, names: list[str]
+) -> _Tally:
+    columns = {column for p in predictors.values() for column in p.sees(dataset.available)} & OPTIONAL_COLUMNS
+    tally = _Tally(sums={name: [] for name in predictors})
+    with progress(description=f"evaluating on {split}", unit="tokens") as bar:
+        for group, batch in packed_batches(dataset.sequences(split, sorted(columns)), dataset.spec, BATCH_TOKENS):
+            tally.tokens += batch.sequence_lengths.tolist()
+            tally.datasets += [sequence.dataset for sequence in group]
+            for name, predictor in predictors.items():
+                tally.sums[name].append(layer_sums(predictor.predict_scores(batch, horizon), batch, names).numpy())
+            bar.update(batch.num_tokens)
+    return tally
+
+
+def _order(predictors: Mapping[str, Predictor], results: Mapping[str, Any]) -> list[str]:
+    return [*predictors, *(name for name in BASELINES if name in results and name not in predictors)]
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """Turns per-sequence sums into the figures of the result."""
+
+    shape: RoutingShape
+    horizon: int
+    names: list[str]
+    moe_layers: tuple[int, ...]
+    resamples: int
+    seed: int
+
+    def of(self, sums_SLM: Floats, tokens_S: Floats) -> dict[str, Any]:
+        """Headline, all_layers and by_layer of one predictor."""
+        groups = [sums_SLM[:, self.horizon :].mean(axis=1), sums_SLM.mean(axis=1), *np.moveaxis(sums_SLM, 1, 0)]
+        values = self._intervals(np.stack(groups, axis=1), tokens_S)
+        return self._assemble([self._figures(group) for group in values])
+
+    def of_part(self, sums_SLM: Floats, tokens_S: Floats, chosen_S: np.ndarray) -> dict[str, Any]:
+        """Headline figures over some of the sequences."""
+        headline_SM = sums_SLM[chosen_S, self.horizon :].mean(axis=1)
+        (group,) = self._intervals(headline_SM[:, None, :], tokens_S[chosen_S])
+        return {"sequences": int(chosen_S.sum()), "tokens": int(tokens_S[chosen_S].sum()), **self._figures(group)}
+
+    def of_chance(self) -> dict[str, Any]:
+        """The same for a random ranking, exactly."""
+        return self._assemble([self._chance() for _ in range(2 + self.shape.num_layers)])
+
+    def part_of_chance(self, sequences: int) -> dict[str, Any]:
+        """Headline figures of a random ranking."""
+        return {"sequences": sequences, **self._chance()}
+
+    def differences(self, sums: Mapping[str, Floats], tokens_S: Floats, given: list[str]) -> list[dict[str, Any]]:
+        """Paired differences in recall@K of every given predictor to every other predictor and chance."""
+        metric = f"recall@{self.shape.top_k}"
+        column = self.names.index(metric)
+        chance = chance_values(self.shape, [metric])[0]
+        values: dict[str, float] = {}
+        samples: dict[str, Floats] = {}
+        for name, sums_SLM in sums.items():
+            headline_S1 = sums_SLM[:, self.horizon :, column].mean(axis=1)[:, None]
+            values[name] = float(headline_S1.sum() / tokens_S.sum())
+            samples[name] = resampled_means(headline_S1, tokens_S, self.resamples, self.seed)[:, 0]
+        values["chance"], samples["chance"] = chance, np.full(self.resamples, chance)
+        others = [*given, *(name for name in values if name not in given)]
+        return [
+            {"a": a, "b": b, "metric": metric, **interval(values[a] - values[b], samples[a] - samples[b])}
+            for a in given
+            for b in others
+            if a != b
+        ]
+
+    def _intervals(self, sums_SGM: Floats, tokens_S: Floats) -> list[list[dict[str, float]]]:
+        sequences, groups, metrics = sums_SGM.shape
+        flat_SX = sums_SGM.reshape(sequences, groups * metrics)
+        values_X = flat_SX.sum(axis=0) / tokens_S.sum()
+        samples_BX = resampled_means(flat_SX, tokens_S, self.resamples, self.seed)
+        each = [interval(float(value), samples_BX[:, i]) for i, value in enumerate(values_X)]
+        return [each[i * metrics : (i + 1) * metrics] for i in range(groups)]
+
+    def _chance(self) -> dict[str, Any]:
+        empty = np.empty(0)
+        return self._figures([interval(value, empty) for value in chance_values(self.shape, self.names)])
+
+    def _figures(self, each: list[dict[str, float]]) -> dict[str, Any]:
+        by_name = dict(zip(self.names, each, strict=True))
+        top_n = {name.removeprefix("top_"): by_name[name] for name in self.names if name.startswith("top_")}
+        return {
+            "top_n_accuracy": top_n or None,
+            "recall": {str(b): by_name[f"recall@{b}"] for b in budgets(self.shape)},
+            **{name: by_name[name] for name in ("hit_at_1", "exact_set", "any_hit")},
+        }
+
+    def _assemble(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
+        headline, all_layers, *by_layer = groups
+        layers = [
+            {"layer": layer, "model_layer": model_layer, **figures}
+            for layer, (model_layer, figures) in enumerate(zip(self.moe_layers, by_layer, strict=True))
+        ]
+        return {**headline, "all_layers": all_layers, "by_layer": layers}
