@@ -25,7 +25,7 @@ from analysis.usage import MutualInformation, UsageCounts
 
 SMALL_MULTIPLES = 12  # data sets drawn side by side; the table holds all of them
 ROW_GAP = 60  # px between rows of small multiples, for ticks and the next title
-OCTAVES = 3  # usage colours reach from 1/8 to 8 times uniform
+MAX_OCTAVES = 3  # usage colours reach from 1/8 to 8 times uniform at most
 
 
 def make(usage: UsageCounts, transitions: TransitionCounts) -> list[Figure]:
@@ -45,9 +45,11 @@ def usage_figure(share_LE: NDArray[np.float64]) -> Figure:
     num_layers, num_experts = share_LE.shape
     uniform = 1 / num_experts
     with np.errstate(divide="ignore"):
-        octaves_LE = np.log2(share_LE / uniform).clip(-OCTAVES, OCTAVES)
-    steps = range(-OCTAVES, OCTAVES + 1)
-    trace = heatmap(octaves_LE, "diverging", zmin=-OCTAVES, zmax=OCTAVES) | {
+        octaves_LE = np.log2(share_LE / uniform)
+    reach = int(np.clip(np.ceil(np.quantile(np.abs(octaves_LE), 0.98)), 1, MAX_OCTAVES))
+    octaves_LE = octaves_LE.clip(-reach, reach)
+    steps = range(-reach, reach + 1)
+    trace = heatmap(octaves_LE, "diverging", zmin=-reach, zmax=reach) | {
         "customdata": rounded(100 * share_LE, 2),
         "hovertemplate": "layer %{y}, expert %{x}<br>%{customdata:.2f} % of selections<extra></extra>",
     }

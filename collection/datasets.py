@@ -1,7 +1,8 @@
 """Where texts come from: `--datasets` becomes sources, and each source streams its rows in their own fixed order.
 
 Local files and hub sets go through one `datasets.load_dataset(..., streaming=True)` call; a row is one line of a .txt
-or .jsonl file, one record of a .csv or .parquet file. The library splits lines at line ends only: texts may hold U+2028.
+or .jsonl file, one record of a .csv or .parquet file. The library splits at line ends only: texts may
+hold U+2028.
 """
 
 import codecs
@@ -142,7 +143,7 @@ def resolve(names: str, dataset_root: Path | None = None) -> list[Source]:
     as local files. Raises ConfigurationError for unknown names, missing files and names that occur twice.
     """
     if dataset_root is not None and not dataset_root.is_dir():
-        raise ConfigurationError(f"--dataset_root {dataset_root}: no such folder; name the one that holds the data sets")
+        raise ConfigurationError(f"--dataset_root {dataset_root}: no such folder; name the one with the data sets")
     items = [item.strip() for item in names.split(",") if item.strip()]
     if not items:
         raise ConfigurationError(f"--datasets: names no data set; known are {known_names()}; or give a file")
@@ -167,7 +168,7 @@ def require_utf8(path: Path) -> None:
             except UnicodeDecodeError as error:
                 line = lines + seen[: error.start].count(b"\n")
                 raise ConfigurationError(
-                    f"{path}: byte {before - (len(seen) - len(block)) + error.start} (0x{seen[error.start]:02x}, in line "
+                    f"{path}: byte {before - (len(seen) - len(block)) + error.start} (0x{seen[error.start]:02x}, line "
                     f"{line}) is not UTF-8; convert the file to UTF-8, for instance with iconv"
                 ) from error
             if not block:

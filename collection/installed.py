@@ -1,7 +1,7 @@
 """Eight kinds of text that every Python installation with our dependencies holds, found in a fixed order.
 
-They let the demo run without a hub: source code, prose, mark-up, numbers and legal text route differently, which is what
-a mixed data set is for. Nothing is copied into the project; the texts are read where they were installed.
+They let the demo run without a hub: source code, prose, mark-up, numbers and legal text route differently, which is
+what a mixed data set is for. Nothing is copied into the project; the texts are read where they were installed.
 """
 
 import ast
@@ -11,7 +11,6 @@ import importlib.util
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 from groundwork.errors import ConfigurationError
@@ -51,7 +50,13 @@ def _python_code() -> Iterator[Passage]:
 
 def _docstrings() -> Iterator[Passage]:
     """Documentation strings of the scientific libraries, those of a module together."""
-    for package, inside in (("numpy", "lib"), ("scipy", "stats"), ("scipy", "signal"), ("sklearn", ""), ("torch", "nn")):
+    for package, inside in (
+        ("numpy", "lib"),
+        ("scipy", "stats"),
+        ("scipy", "signal"),
+        ("sklearn", ""),
+        ("torch", "nn"),
+    ):
         root = _package_folder(package)
         for path in sorted((root / inside).rglob("*.py")):
             if "tests" in path.parts:

@@ -58,8 +58,8 @@ def lay_out(draws: list[Draw], spec: TraceSpec, settings: CollectSettings) -> La
     limit = ROW_GROUP_BYTES // decoded_bytes_per_token(spec)
     if max(num_tokens_S) > limit:
         raise ConfigurationError(
-            f"--max_length {settings.max_length}: a text has {max(num_tokens_S)} tokens, and with these columns at most "
-            f"{limit} can be stored together; lower it, or store fewer columns"
+            f"--max_length {settings.max_length}: a text has {max(num_tokens_S)} tokens, and at most "
+            f"{limit} can be stored together with these columns; lower it, or store fewer columns"
         )
     shards = cut_shards(num_tokens_S, spec, settings.shard_size_mb)
     window = window_tokens(spec, settings.batch_tokens)
@@ -149,9 +149,10 @@ def make_spec(loaded: LoadedModel, layout: RouterLayout, settings: CollectSettin
 def differing_fields(old: Plan, new: Plan) -> str:
     """Return the fields in which two plans differ, with both values; every difference of the fingerprint is named."""
     names = [name for name in {**old.settings, **new.settings} if old.settings.get(name) != new.settings.get(name)]
-    return "; ".join(
-        f"{name} was {old.settings.get(name)!r}, is {new.settings.get(name)!r}" for name in names
-    ) or "the cut into shards and batches, made by another version of this program"
+    return (
+        "; ".join(f"{name} was {old.settings.get(name)!r}, is {new.settings.get(name)!r}" for name in names)
+        or "the cut into shards and batches, made by another version of this program"
+    )
 
 
 def weights_digest(model: torch.nn.Module) -> str:

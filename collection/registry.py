@@ -7,7 +7,7 @@ from collection.installed import KINDS
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where a public data set is found today, which of its columns is the text, and its licence as its card states it."""
+    """Where a public data set is found today, which column is its text, and its licence as its card states it."""
 
     repository: str
     text_field: str

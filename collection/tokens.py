@@ -28,6 +28,4 @@ class TokenText:
         return text
 
     def _decode(self, token_ids: list[int]) -> str:
-        return str(
-            self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -39,7 +39,7 @@ def steps(output_dir: Path) -> list[list[str]]:
     named = [word for folder in folders for word in ("--predictor_dir", folder)]
     evaluation = str(output_dir / EVALUATION)
     return [
-        ["collect", "--datasets", "installed", "--target_traces", "800", "--max_length", "256",
+        ["collect", "--datasets", "installed", "--target_traces", "800", "--max_length", "256", "--dtype", "float32",
          "--store", "weights,lookahead", "--lookahead", "1", "--output_dir", run],
         *(["train", "--shard_dir", run, "--predictor", name, "--output_dir", folder, *_limit(name)]
           for name, folder in zip(PREDICTORS, folders, strict=True)),

@@ -17,6 +17,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from groundwork.errors import ConfigurationError
@@ -67,6 +69,12 @@ def load_model(
     """
     _choose("--dtype", dtype, DTYPES)
     _choose("--quantization", quantization, quantize.MODES)
+    if attn_implementation:
+        _choose("--attn_implementation", attn_implementation, ("eager", *sorted(ALL_ATTENTION_FUNCTIONS.valid_keys())))
+    if experts_implementation:
+        _choose(
+            "--experts_implementation", experts_implementation, ("eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys()))
+        )
     target = choose_device(device)
     source = _find(path)
     sketch, layout = _sketch(source, dtype)

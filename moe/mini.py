@@ -93,7 +93,7 @@ def parameter_table(shape: MiniSize) -> list[tuple[str, int]]:
     """
     with torch.device("meta"):
         model = MixtralForCausalLM(mixtral_config(shape))
-    counts = {name: 0 for name in ("embeddings", "attention", "routers", "experts", "norms", "output head")}
+    counts = dict.fromkeys(("embeddings", "attention", "routers", "experts", "norms", "output head"), 0)
     for name, parameter in _unique_parameters(model):
         counts[_component(name)] += parameter.numel()
     return [*counts.items(), ("total", sum(counts.values()))]

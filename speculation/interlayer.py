@@ -1,9 +1,9 @@
 """InterLayer: a transformer over the layers of one token, fed with the routing below and with what earlier tokens chose.
 
-Position l stands for target layer l. Its input is the expert set of layer l-h of this token (of layer L+l-h of the token
-before, where l < h), what the tokens before chose at layer l (the last one's set and usage decayed at several rates), and
-embeddings of layer and horizon; attention is causal over layers. So position l sees what horizon h allows and no more,
-all layers of a token are scored in one pass, and tokens are a plain batch dimension: cost O(T * L**2).
+Position l stands for target layer l. Its input is the expert sets of layers l-h, l-h-1, ... (continued, below layer 0, with
+the top layers of the token before), what the tokens before chose at layer l (the last one's set and usage decayed at
+several rates), and an embedding of layer and horizon; attention is causal over layers. So position l sees what horizon h
+allows and no more, all layers of a token are scored in one pass, and tokens are a plain batch dimension: O(T * L**2).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from groundwork.errors import ConfigurationError
 from speculation.counted import RoutingCounts
 from speculation.features import RoutingBatch, decayed_usage, multi_hot, previous_token, weighted_hot
 from speculation.neural import NeuralPredictor
@@ -27,18 +28,20 @@ HORIZON_SHARES = (0.6, 0.2, 0.2)  # of training steps; horizon 1 is what most re
 
 @dataclass(frozen=True)
 class InterLayerOptions:
-    """Size and regularisation; defaults are for a CPU and a few minutes."""
+    """Size and regularisation; the defaults were chosen for minutes on a CPU."""
 
-    hidden_size: int = 96
-    num_blocks: int = 2
+    hidden_size: int = 64
+    num_blocks: int = 1
     num_heads: int = 4
+    mlp_size: int = 64  # of each layer's own MLP; per-layer weights cost no more time than shared ones and learn more
+    reach: int = 6  # layers below that a layer sees directly, beside attention
     dropout: float = 0.05
     weight_dropout: float = 0.3  # share of training tokens shown without routing weights, so that ids alone suffice
     decays: tuple[float, ...] = (0.5, 0.8, 0.95, 0.99)
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+            raise ConfigurationError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
 
 
 @register
@@ -96,13 +99,15 @@ class InterLayer(NeuralPredictor):
     def training_bytes_per_token(self, shape: RoutingShape) -> tuple[int, int]:
         rows = 4 + len(self.settings.decays)
         features = 4 * shape.num_layers * shape.num_experts * (rows + 2)
-        kept_per_block = 24 * self.settings.hidden_size + 2 * self.settings.num_heads * shape.num_layers
-        working = 4 * shape.num_layers * (self.settings.num_blocks * kept_per_block + 2 * rows * shape.num_experts)
+        options = self.settings
+        kept_per_block = 16 * options.hidden_size + 2 * options.mlp_size + 2 * options.num_heads * shape.num_layers
+        inputs = 2 * (options.reach + 1 + rows) * shape.num_experts
+        working = 4 * shape.num_layers * (options.num_blocks * kept_per_block + inputs + 3 * shape.num_experts)
         return features, working
 
 
 class InterLayerModule(nn.Module):
-    """The network; per-layer input and output tables, shared blocks."""
+    """The network: per-layer tables in and out, blocks of attention over layers and per-layer MLPs between."""
 
     def __init__(
         self, shape: RoutingShape, settings: InterLayerOptions, generator: torch.Generator, frequency_LE: Tensor | None
@@ -111,16 +116,14 @@ class InterLayerModule(nn.Module):
         layers, experts, hidden = shape.num_layers, shape.num_experts, settings.hidden_size
         rates = len(settings.decays)
         self.dropout, self.weight_dropout = settings.dropout, settings.weight_dropout
-
-        def table(*size: int, scale: float) -> nn.Parameter:
-            return nn.Parameter(torch.randn(*size, generator=generator) * scale)
-
-        self.below_LXD = table(layers, 2 * experts, hidden, scale=0.5 / math.sqrt(shape.top_k))
-        self.before_LXD = table(layers, (2 + rates) * experts, hidden, scale=0.5 / math.sqrt(shape.top_k))
-        self.place_HLD = table(min(MAX_HORIZON, layers), layers, hidden, scale=0.1)
-        self.blocks = nn.ModuleList(_Block(settings, generator) for _ in range(settings.num_blocks))
+        self.reach = max(min(settings.reach, layers), min(MAX_HORIZON, layers))
+        scale = 0.5 / math.sqrt(shape.top_k)
+        self.below_LXD = _table(generator, layers, (self.reach + 1) * experts, hidden, scale=scale)
+        self.before_LXD = _table(generator, layers, (2 + rates) * experts, hidden, scale=scale)
+        self.place_HLD = _table(generator, min(MAX_HORIZON, layers), layers, hidden, scale=0.1)
+        self.blocks = nn.ModuleList(_Block(layers, settings, generator) for _ in range(settings.num_blocks))
         self.norm = nn.RMSNorm(hidden)
-        self.head_LDE = table(layers, hidden, experts, scale=0.02)
+        self.head_LDE = _table(generator, layers, hidden, experts, scale=0.02)
         # Each expert's own recent use speaks for it directly; hidden_size may be below E.
         self.recent_LR1 = nn.Parameter(torch.zeros(layers, rates + 1, 1))
         start_LE = torch.zeros(layers, experts) if frequency_LE is None else frequency_LE.clamp_min(1e-4).log()
@@ -129,19 +132,23 @@ class InterLayerModule(nn.Module):
     def forward(self, features: Sequence[Tensor], horizon: int, generator: torch.Generator | None) -> Tensor:
         """Logits (T, L, E)."""
         hot_TLE, share_TLE, before_TLE, before_share_TLE, usage_TLRE, known_T = features
+        layers = hot_TLE.shape[1]
         shown_T = known_T
         if generator is not None:
             shown_T = known_T * _keep(known_T.shape, self.weight_dropout, generator, known_T)
         shown_T11 = shown_T[:, None, None]
         share_TLE, before_share_TLE = share_TLE * shown_T11, before_share_TLE * shown_T11
-        current_TLX = torch.cat([hot_TLE, share_TLE], dim=2)
-        earlier_TLX = torch.cat([before_TLE, before_share_TLE], dim=2)
-        # Steps h back in decoding order: the top of the token before, then this token's layers from the bottom.
-        source_TLX = torch.cat([earlier_TLX[:, -horizon:], current_TLX[:, :-horizon]], dim=1)
-        below_TLD = torch.einsum("tlx,lxd->tld", source_TLX, self.below_LXD.roll(horizon, dims=0))
-        memory_TLX = torch.cat([earlier_TLX, usage_TLRE.flatten(2)], dim=2)
-        before_TLD = torch.einsum("tlx,lxd->tld", memory_TLX, self.before_LXD)
-        hidden_TLD = below_TLD + before_TLD + self.place_HLD[horizon - 1]
+        # Decoding order backwards from layer l: this token's layers below it, then the top layers of the token before.
+        path_TPE = torch.cat([before_TLE[:, -self.reach :], hot_TLE], dim=1)
+        below = [
+            path_TPE[:, self.reach - back : self.reach - back + layers] if back >= horizon else torch.zeros_like(hot_TLE)
+            for back in range(1, self.reach + 1)
+        ]
+        below.append(torch.cat([before_share_TLE[:, -horizon:], share_TLE[:, :-horizon]], dim=1))
+        below_TLD = torch.einsum("tlx,lxd->tld", torch.cat(below, dim=2), self.below_LXD)
+        earlier_TLX = torch.cat([before_TLE, before_share_TLE, usage_TLRE.flatten(2)], dim=2)
+        before_TLD = torch.einsum("tlx,lxd->tld", earlier_TLX, self.before_LXD)
+        hidden_TLD = F.gelu(below_TLD + before_TLD + self.place_HLD[horizon - 1], approximate="tanh")
         for block in self.blocks:
             hidden_TLD = block(hidden_TLD, generator)
         logits_TLE = torch.einsum("tld,lde->tle", self.norm(hidden_TLD), self.head_LDE) + self.bias_LE
@@ -150,17 +157,17 @@ class InterLayerModule(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm attention over the layers below and a GELU MLP."""
+    """Pre-norm attention over the layers below, then each layer's own GELU MLP."""
 
-    def __init__(self, settings: InterLayerOptions, generator: torch.Generator) -> None:
+    def __init__(self, layers: int, settings: InterLayerOptions, generator: torch.Generator) -> None:
         super().__init__()
-        hidden = settings.hidden_size
+        hidden, inner = settings.hidden_size, settings.mlp_size
         self.heads, self.dropout = settings.num_heads, settings.dropout
         self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
         self.qkv = _linear(hidden, 3 * hidden, generator)
         self.out = _linear(hidden, hidden, generator, scale=0.5)
-        self.up = _linear(hidden, 4 * hidden, generator)
-        self.down = _linear(4 * hidden, hidden, generator, scale=0.5)
+        self.up_LDM = _table(generator, layers, hidden, inner, scale=1 / math.sqrt(hidden))
+        self.down_LMD = _table(generator, layers, inner, hidden, scale=0.5 / math.sqrt(inner))
 
     def forward(self, hidden_TLD: Tensor, generator: torch.Generator | None) -> Tensor:
         tokens, layers, hidden = hidden_TLD.shape
@@ -169,8 +176,13 @@ class _Block(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         mixed_TLD = self.out(mixed.transpose(1, 2).reshape(tokens, layers, hidden))
         hidden_TLD = hidden_TLD + _drop(mixed_TLD, self.dropout, generator)
-        mlp_TLD = self.down(F.gelu(self.up(self.mlp_norm(hidden_TLD)), approximate="tanh"))
+        inner_TLM = F.gelu(torch.einsum("tld,ldm->tlm", self.mlp_norm(hidden_TLD), self.up_LDM), approximate="tanh")
+        mlp_TLD = torch.einsum("tlm,lmd->tld", inner_TLM, self.down_LMD)
         return hidden_TLD + _drop(mlp_TLD, self.dropout, generator)
+
+
+def _table(generator: torch.Generator, *size: int, scale: float) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*size, generator=generator) * scale)
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator, scale: float = 1.0) -> nn.Linear:

@@ -167,16 +167,9 @@ class RowGroup:
     """A decoded row group: its columns as numpy views of Arrow's buffers, from which sequences are copied out."""
 
     def __init__(self, table: pa.Table, spec: TraceSpec) -> None:
-        layers, experts, top_k = spec.num_layers, spec.num_experts, spec.top_k
-        shapes = {
-            "expert_ids": (layers, top_k),
-            "routing_weights": (layers, top_k),
-            "router_logits": (layers, experts),
-            "lookahead_logits": (spec.horizons, layers, experts),
-        }
         self._lists: Mapping[str, NDArray[Any]] = {
             name: list_values(table[name]).reshape(-1, *shape)
-            for name, shape in shapes.items()
+            for name, shape in spec.shapes.items()
             if name in table.column_names
         }
         self._token_ids, self._phase = table["token_id"].to_numpy(), table["phase"].to_numpy()

@@ -7,6 +7,7 @@ from reading.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Self
@@ -105,15 +106,20 @@ class TraceSpec:
         return np.dtype(np.uint8 if self.num_experts <= 256 else np.uint16)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the list columns that exist and a token's shape in each: `expert_ids` (L, K) and so on."""
+        layers, experts = self.num_layers, self.num_experts
+        optional: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weights": ("routing_weights", (layers, self.top_k)),
+            "logits": ("router_logits", (layers, experts)),
+            "lookahead": ("lookahead_logits", (self.horizons, layers, experts)),
+        }
+        return {"expert_ids": (layers, self.top_k)} | dict(optional[name] for name in optional if name in self.store)
+
+    @property
     def widths(self) -> dict[str, int]:
         """Return the list columns that exist and their numbers per token: `expert_ids` L*K and so on."""
-        choices = self.num_layers * self.top_k
-        scores = self.num_layers * self.num_experts
-        widths = {"expert_ids": choices}
-        widths |= {"routing_weights": choices} if "weights" in self.store else {}
-        widths |= {"router_logits": scores} if "logits" in self.store else {}
-        widths |= {"lookahead_logits": self.horizons * scores} if "lookahead" in self.store else {}
-        return widths
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
 
 def arrow_schema(spec: TraceSpec) -> pa.Schema:

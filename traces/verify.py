@@ -13,12 +13,12 @@ import numpy as np
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from groundwork.progress import progress
 from traces.manifest import MANIFEST_NAME, ManifestLine, parse_manifest
-from traces.plan import PLAN_NAME, Plan, shard_name
+from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan, shard_name
 from traces.schema import TraceSpec, routing_fault
 from traces.shards import ShardFooter, find_shards, first_line, index_shard, list_values, parse_footer, read_row_group
 from traces.writer import file_sha256
 
-COLLECT_AGAIN = "delete the file and collect again with --resume"
+COLLECT_AGAIN = "restore the file from a copy, or delete it and its manifest line and collect again with --resume"
 RESTORE = "restore the file from a copy, or collect again into a new folder"
 
 
@@ -39,7 +39,8 @@ def verify(shard_dir: Path) -> list[Fault]:
 
     Raises ConfigurationError where there is nothing to check: no folder, or neither plan, manifest nor shard in it.
     """
-    run_dir = shard_dir.resolve().parent if shard_dir.resolve().name == "data" else shard_dir
+    inside = shard_dir.resolve().name == "data" and not (shard_dir / PLAN_NAME).exists()
+    run_dir = shard_dir.resolve().parent if inside else shard_dir
     if not (run_dir / PLAN_NAME).exists() and not (run_dir / MANIFEST_NAME).exists():
         find_shards(shard_dir)
     faults: list[Fault] = []
@@ -47,9 +48,11 @@ def verify(shard_dir: Path) -> list[Fault]:
     try:
         plan = Plan.load(run_dir)
     except ConfigurationError as error:
-        where, _, what = str(error).partition(": ")
-        problem, _, remedy = what.rpartition("; ")
-        faults.append(Fault(Path(where), problem, remedy))
+        path = next(
+            run_dir / name for name in (SEQUENCES_NAME, PLAN_NAME) if str(error).startswith(f"{run_dir / name}:")
+        )
+        problem, _, remedy = str(error).removeprefix(f"{path}: ").rpartition("; ")
+        faults.append(Fault(path, problem, remedy))
     lines = list(_check_manifest(run_dir, faults))
     faults += _check_ranges(run_dir, lines, plan)
     data = run_dir / "data" if (run_dir / "data").is_dir() else run_dir
@@ -155,17 +158,11 @@ def _check_rows(path: Path, footer: ShardFooter, plan: Plan | None) -> str | Non
 
 def _check_row_group(path: Path, footer: ShardFooter, group: int) -> str | None:
     spec: TraceSpec = footer.spec
-    lists: dict[str, tuple[int, ...]] = {
-        "expert_ids": (spec.num_layers, spec.top_k),
-        "routing_weights": (spec.num_layers, spec.top_k),
-    }
-    lists |= {"router_logits": (spec.num_layers, spec.num_experts)}
-    lists |= {"lookahead_logits": (spec.horizons, spec.num_layers, spec.num_experts)}
     names = ["phase", "token", *spec.widths]
     table = read_row_group(path, group, names, footer.metadata)
     if table["phase"].to_numpy().max() > 1:
         return "a phase that is neither 0 nor 1"
-    values = {name: list_values(table[name]).reshape(-1, *lists[name]) for name in spec.widths}
+    values = {name: list_values(table[name]).reshape(-1, *shape) for name, shape in spec.shapes.items()}
     for name in ("router_logits", "lookahead_logits"):
         if name in values and not np.isfinite(values[name]).all():
             return f"{name} holds values that are not finite"

@@ -13,7 +13,7 @@ const startJourneys = async () => {
   const PATH_COLOURS = { light: ["#0b5c9e", "#b8470b", "#00785a", "#93447f", "#6b5d00", "#504ea8"], dark: ["#3d93d8", "#d9692b", "#189f7c", "#b9669f", "#9c8a1a", "#7f7cd8"] };
   const cellHeight = Math.max(9, Math.min(28, Math.round(420 / layers)));
   const state = { place: 0, token: 0, layer: 0, chosen: [], predictor: 0, right: false, cell: 14, expert: null };
-  let sequence, tokens, ids, weights, guesses;
+  let sequence, tokens, ids, weights, guesses, usage;
 
   /* --- data --- */
 
@@ -32,6 +32,8 @@ const startJourneys = async () => {
     ids = takeIds();
     weights = info.has_weights ? bytes.slice(at, (at += size)) : null;
     guesses = info.predictors.map(takeIds);
+    usage = new Uint32Array(layers * experts);
+    ids.forEach((expert, i) => { usage[(Math.floor(i / k) % layers) * experts + expert]++; });
     state.token = Math.min(state.token, tokens - 1);
     state.chosen = [4, 5].filter((token) => token < tokens);
     if (!state.chosen.length) state.chosen = [0];
@@ -51,6 +53,13 @@ const startJourneys = async () => {
   const chosenExperts = (token, layer) => Array.from(ids.subarray(slot(token, layer), slot(token, layer) + k));
   const guessed = (token, layer) => (guesses.length ? Array.from(guesses[state.predictor].subarray(slot(token, layer), slot(token, layer) + k)) : []);
   const weight = (token, layer, place) => (weights ? (weights[slot(token, layer) + place] / 255) * info.weight_scale : null);
+  /* The expert that gives a cell its colour: the first choice, or where the order is unknown the one of them that this
+     sequence uses most at the layer, so that runs of one expert show. */
+  const lead = (token, layer, own) => {
+    if (info.ordered) return own[0];
+    const use = own.map((expert) => usage[layer * experts + expert]);
+    return own[use.indexOf(Math.max(...use))];
+  };
   const hits = (token, layer) => {
     const first = slot(token, layer), guess = guesses[state.predictor];
     let count = 0;
@@ -141,15 +150,9 @@ const startJourneys = async () => {
           context.globalAlpha = faded ? 0.1 : 1;
           context.fillStyle = answer[right === k ? 2 : right ? 1 : 0];
           context.fillRect(x, y, cell - gap, cellHeight - 1);
-        } else if (!info.ordered) {
-          context.globalAlpha = faded ? 0.1 : 1;
-          own.forEach((expert, place) => {
-            context.fillStyle = palette[expert];
-            context.fillRect(x, y + ((cellHeight - 1) * place) / k, cell - gap, (cellHeight - 1) / k + 0.3);
-          });
         } else {
-          const expert = state.expert !== null && !faded ? state.expert : own[0];
-          const share = weights ? weight(token, layer, own.indexOf(expert)) / info.weight_scale : 1;
+          const expert = state.expert !== null && !faded ? state.expert : lead(token, layer, own);
+          const share = weights ? weight(token, layer, own.indexOf(expert)) / info.weight_scale : 0.8;
           const alpha = faded ? 0.07 : 0.3 + 0.7 * share;
           context.globalAlpha = alpha;
           context.fillStyle = palette[expert];
@@ -235,7 +238,7 @@ const startJourneys = async () => {
         item("var(--wrong)", "none named"), make("strong", {}, `${((100 * count) / tokens).toFixed(1)} % of this sequence's experts were named`));
       return;
     }
-    const what = !info.ordered ? `each cell shows all ${k} experts, in no order`
+    const what = !info.ordered ? `of each cell's ${k}, whose order is not known, the one this sequence uses most at the layer`
       : weights ? "first choice, stronger with its weight" : "first choice";
     const buttons = experts > 64 ? [make("span", { class: "item" }, "point at a cell to read its experts")] : colours().map((colour, expert) => {
       const box = make("span", { class: "swatch" });
@@ -267,7 +270,7 @@ const startJourneys = async () => {
       if (text !== undefined) element.textContent = text;
       return element;
     };
-    const total = 1080, left = 46, row = Math.max(7, Math.min(26, 340 / experts)), top = 10, bottom = top + experts * row;
+    const total = 1080, left = 46, row = Math.max(7, Math.min(26, 340 / experts)), top = 22, bottom = top + experts * row;
     const step = (total - left - 24) / Math.max(1, layers - 1);
     svg.setAttribute("viewBox", `0 0 ${total} ${bottom + 38}`);
     const x = (layer) => left + 8 + layer * step, y = (expert, shift) => top + (expert + 0.5) * row + shift;
@@ -277,7 +280,7 @@ const startJourneys = async () => {
       parts.push(node("text", { x: left - 10, y: y(expert, 4), "text-anchor": "end" }, expert));
     }
     for (let layer = 0; layer < layers; layer += layerEvery) parts.push(node("text", { x: x(layer), y: bottom + 18, "text-anchor": "middle" }, layer));
-    parts.push(node("text", { x: total - 8, y: bottom + 34, "text-anchor": "end" }, "layer"), node("text", { x: 0, y: top + 2 }, "expert"));
+    parts.push(node("text", { x: total - 8, y: bottom + 34, "text-anchor": "end" }, "layer"), node("text", { x: left - 10, y: 12, "text-anchor": "end" }, "expert"));
     state.chosen.forEach((token, place) => {
       const colour = pathColour(place), shift = (place - (state.chosen.length - 1) / 2) * Math.min(3.2, row / 7);
       const curve = (layer, from, to) => {
@@ -290,7 +293,7 @@ const startJourneys = async () => {
         const here = chosenExperts(token, layer).slice(0, joined), next = chosenExperts(token, layer + 1).slice(0, joined);
         for (const from of here) for (const to of next) path += curve(layer, from, to);
       }
-      parts.push(node("path", { d: path, fill: "none", stroke: colour, "stroke-width": info.ordered ? 2.2 : 1, "stroke-opacity": info.ordered ? 0.85 : 0.16 }));
+      parts.push(node("path", { d: path, fill: "none", stroke: colour, "stroke-width": info.ordered ? 2.2 : 1, "stroke-opacity": info.ordered ? 0.85 : 0.13 }));
       for (let layer = 0; layer < layers; layer++) {
         const guess = guessed(token, layer);
         chosenExperts(token, layer).forEach((expert, rank) => {

@@ -47,7 +47,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 6},
     "gpt_oss": {"num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": 16},
     "granitemoe": {"num_local_experts": 8, "num_experts_per_tok": 3},
-    "jamba": {"num_experts": 6, "mamba_d_state": 4, "mamba_d_conv": 2, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "jamba": {
+        "num_experts": 6,
+        "mamba_d_state": 4,
+        "mamba_d_conv": 2,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 3, "rotary_dim": 8},
     "afmoe": _MANY | {"num_dense_layers": 1},
 }
@@ -58,12 +64,14 @@ def tiny_config(family: str, **changes: Any) -> Any:
 
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
-    """A base model with random weights; correction biases are random too, so that they decide some selections."""
+    """A base model with random weights; so are biases of routers, and routers that start as zeros."""
     torch.manual_seed(0)
     model = AutoModel.from_config(tiny_config(family, **changes)).eval().requires_grad_(False)
     for name, tensor in (*model.named_buffers(), *model.named_parameters()):
         if name.endswith(("correction_bias", "expert_bias", "router.bias")):
             tensor.copy_(torch.randn(tensor.shape) * 0.05)
+        elif name.endswith("router.gate.weight"):
+            tensor.copy_(torch.randn(tensor.shape) * 0.3)
     return model
 
 

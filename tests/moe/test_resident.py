@@ -15,7 +15,9 @@ Build = Callable[..., PreTrainedModel]
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def trace(model: PreTrainedModel, batch: Batch, store: tuple[str, ...] = ("weights",), horizons: int = 0) -> BatchRouting:
+def trace(
+    model: PreTrainedModel, batch: Batch, store: tuple[str, ...] = ("weights",), horizons: int = 0
+) -> BatchRouting:
     with ResidentTracer(model, find_routers(model), store, horizons) as tracer:
         return tracer.trace(*batch)
 
@@ -43,12 +45,12 @@ def test_ids_and_weights_are_those_the_experts_received(build: Build, batch: Bat
     traced: list[BatchRouting] = []
     received = received_by_experts(model, lambda: traced.append(trace(model, batch)))
     B, T, L, K = traced[0].expert_ids_BTLK.shape
-    assert (B, T, L) == (*batch[0].shape, len(received))
+    assert (*batch[0].shape, len(received)) == (B, T, L)
     assert len(torch.unique(traced[0].expert_ids_BTLK[..., 0])) > 2
     for layer, (ids_NK, weights_NK) in enumerate(received):
         ids_NK, weights_NK = ids_NK.reshape(B * T, K), weights_NK.reshape(B * T, K)
         for token in range(B * T):
-            by_weight = sorted(range(K), key=lambda rank: -float(weights_NK[token, rank]))  # noqa: B023
+            by_weight = sorted(range(K), key=lambda rank: -float(weights_NK[token, rank]))
             stored_ids = traced[0].expert_ids_BTLK[token // T, token % T, layer]
             stored_weights = traced[0].routing_weights_BTLK[token // T, token % T, layer]
             assert stored_ids.tolist() == ids_NK[token, by_weight].tolist()
@@ -125,7 +127,10 @@ def test_experts_that_receive_something_else_are_noticed(build: Build, batch: Ba
 
     layout = find_routers(model)
     model.layers[1].mlp.experts = Scaled()
-    with ResidentTracer(model, layout) as tracer, pytest.raises(ConfigurationError, match="layer 1 receive other routing"):
+    with (
+        ResidentTracer(model, layout) as tracer,
+        pytest.raises(ConfigurationError, match="layer 1 receive other routing"),
+    ):
         tracer.trace(*batch)
     assert experts.forward == original
 
