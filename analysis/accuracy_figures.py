@@ -32,7 +32,9 @@ def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     budgets = sorted({int(budget) for name in names for budget in evaluation["predictors"][name]["recall"]})
     metrics = [(f"recall at\N{NO-BREAK SPACE}{budget}", "recall", str(budget)) for budget in budgets]
     metrics += [("exact set", "exact_set", ""), ("hit at 1", "hit_at_1", ""), ("any hit", "any_hit", "")]
-    metrics += [(f"first in\N{NO-BREAK SPACE}top\N{NO-BREAK SPACE}{n}", "top_n_accuracy", str(n)) for n in (1, 3, 5, 10)]
+    metrics += [
+        (f"first in\N{NO-BREAK SPACE}top\N{NO-BREAK SPACE}{n}", "top_n_accuracy", str(n)) for n in (1, 3, 5, 10)
+    ]
     columns, cells = [], []
     for title, key, inner in metrics:
         values = [_metric(evaluation["predictors"][name], key, inner) for name in names]
@@ -181,7 +183,13 @@ def difference_figure(evaluation: Mapping[str, Any]) -> Figure:
     layout = line_layout("percentage points", "", height=80 + 34 * len(names)) | {"showlegend": False}
     layout["hovermode"] = "closest"
     layout["margin"]["l"] = 30
-    layout["xaxis"] |= {"showgrid": True, "zeroline": True, "zerolinewidth": 1.5, "rangemode": "tozero", "tickformat": "+.3~g"}
+    layout["xaxis"] |= {
+        "showgrid": True,
+        "zeroline": True,
+        "zerolinewidth": 1.5,
+        "rangemode": "tozero",
+        "tickformat": "+.3~g",
+    }
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False, "automargin": True, "type": "category"}
     return Figure(
         key="differences",

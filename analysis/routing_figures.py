@@ -44,8 +44,7 @@ def usage_figure(share_LE: NDArray[np.float64]) -> Figure:
     """Heatmap of each expert's share of its layer's selections, coloured by its ratio to the uniform share."""
     num_layers, num_experts = share_LE.shape
     uniform = 1 / num_experts
-    with np.errstate(divide="ignore"):
-        octaves_LE = np.log2(share_LE / uniform)
+    octaves_LE = np.log2(np.maximum(share_LE / uniform, 2.0**-MAX_OCTAVES))
     reach = int(np.clip(np.ceil(np.quantile(np.abs(octaves_LE), 0.98)), 1, MAX_OCTAVES))
     octaves_LE = octaves_LE.clip(-reach, reach)
     steps = range(-reach, reach + 1)
@@ -62,8 +61,8 @@ def usage_figure(share_LE: NDArray[np.float64]) -> Figure:
     unused = int((share_LE == 0).sum())
     busiest = np.unravel_index(int(share_LE.argmax()), share_LE.shape)
     sentence = (
-        f"Pale cells are used as often as uniform choice would use them ({100 * uniform:.3g} %), orange ones more, "
-        f"blue ones less; the busiest is expert {busiest[1]} of layer {busiest[0]} with {100 * share_LE.max():.1f} % "
+        f"Colourless cells are used as often as uniform choice would use them ({100 * uniform:.3g} %), orange ones "
+        f"more, blue ones less; the busiest is expert {busiest[1]} of layer {busiest[0]} with {100 * share_LE.max():.1f} % "
         f"of its layer's selections, and {unused if unused else 'not one'} of the {share_LE.size} is never chosen."
     )
     return Figure(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from traces.schema import TraceSpec, decoded_bytes_per_token
 
-WINDOW_BATCHES = 16  # sorting this many batches' worth leaves a few per cent of padding
+WINDOW_BATCHES = 64  # sorting this many batches' worth leaves a few per cent of padding
 WINDOW_BYTES = 256 * 2**20  # decoded routing that may wait
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from groundwork.provenance import library_versions
 from moe.load import LoadedModel, describe_model, load_model, load_tokenizer
 from moe.resident import ResidentTracer
 from moe.routers import find_routers
+from moe.source import find_source
 from traces.card import write_card
 from traces.plan import Plan, estimated_bytes_per_token
 from traces.schema import PHASES, SequenceTrace, TraceSpec
@@ -44,6 +45,10 @@ class CollectResult:
     sources: list[dict[str, Any]]
     padding_share: float
     seconds: float
+
+    def facts(self) -> dict[str, Any]:
+        """Return the result as JSON-ready values."""
+        return asdict(self) | {"run_dir": str(self.run_dir)}
 
 
 def collect(settings: CollectSettings) -> CollectResult:
@@ -156,7 +161,8 @@ def _prepare(settings: CollectSettings) -> _Ready:
     check_folder(run_dir, resume=settings.resume)
     if settings.horizons >= model["num_layers"]:
         raise ConfigurationError(
-            f"--lookahead {settings.horizons}: {model['name']} has {model['num_layers']} MoE layers; give less than that"
+            f"--lookahead {settings.horizons}: must be below the {model['num_layers']} MoE layers of {model['name']}; "
+            "lower it"
         )
     settings = _limit_length(settings, model)
     draws = draw(sources, load_tokenizer(settings.model), settings)
@@ -167,7 +173,7 @@ def _prepare(settings: CollectSettings) -> _Ready:
 
 def _limit_length(settings: CollectSettings, model: dict[str, Any]) -> CollectSettings:
     """Lower `max_length` to the number of positions that the model was made for, and say so."""
-    config = AutoConfig.from_pretrained(settings.model, revision=model["revision"], trust_remote_code=False)
+    config = AutoConfig.from_pretrained(find_source(settings.model).folder, trust_remote_code=False)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is None or settings.max_length <= limit:
         return settings
@@ -178,7 +184,8 @@ def _limit_length(settings: CollectSettings, model: dict[str, Any]) -> CollectSe
 def _check_tokens(loaded: LoadedModel, layout: Layout) -> None:
     """Raise ConfigurationError where the tokenizer gives ids that the model does not know."""
     highest = max(int(sequence.token_ids_T.max()) for sequence in layout.sequences)
-    known = loaded.model.get_input_embeddings().num_embeddings
+    embeddings: torch.Tensor = loaded.model.get_input_embeddings().weight  # type: ignore[assignment]
+    known = embeddings.shape[0]
     if highest >= known:
         raise ConfigurationError(
             f"{loaded.name}: its tokenizer gives token id {highest}, but the model knows {known}; put the model's own "

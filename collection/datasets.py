@@ -37,7 +37,7 @@ class Row(NamedTuple):
 class Source(ABC):
     """One named data set; `facts` says where it is and under which licence, and more once it has been read."""
 
-    def __init__(self, name: str, location: str, licence: str | None) -> None:
+    def __init__(self, name: str, location: str, licence: str) -> None:
         self.name = name
         self.facts: dict[str, Any] = {"name": name, "location": location, "licence": licence}
 
@@ -63,7 +63,7 @@ class FileSource(Source):
     """Local files of one suffix; keys are file#row."""
 
     def __init__(self, name: str, files: list[Path], location: str, registered: HubDataset | None = None) -> None:
-        super().__init__(name, location, registered.licence if registered else None)
+        super().__init__(name, location, registered.licence if registered else "not stated")
         self.files = files
         self.fields = ("text", registered.text_field) if registered else ("text",)
 
@@ -71,7 +71,7 @@ class FileSource(Source):
         number, some_text = 0, False
         for path in self.files:
             for row, text in enumerate(self._texts(path)):
-                some_text = some_text or not text.isspace()
+                some_text = some_text or bool(text.strip())
                 yield Row(number, f"{path.name}#{row}", text)
                 number += 1
         if not some_text:

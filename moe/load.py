@@ -6,34 +6,23 @@ safetensors only, and code from a model's repository is never run.
 
 import hashlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import logging
 
 from groundwork.errors import ConfigurationError
 from groundwork.hardware import choose_device, free_memory_bytes
 from moe import quantize
 from moe.routers import RouterLayout, find_routers
-
-# Some of what transformers exports is not annotated.
-_auto_model: Any = AutoModel
-_transformers_logging: Any = logging
+from moe.source import Source, find_source, read_tokenizer, refusing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_HUB_TIMEOUT_SECONDS = 10.0
-_OTHER_FORMATS = ["original/*", "metal/*", "consolidated*"]  # second copies of the weights, for other programs
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_auto_model: Any = AutoModel  # not annotated by transformers
 
 
 @dataclass
@@ -72,21 +61,20 @@ def load_model(
     if attn_implementation:
         _choose("--attn_implementation", attn_implementation, ("eager", *sorted(ALL_ATTENTION_FUNCTIONS.valid_keys())))
     if experts_implementation:
-        _choose(
-            "--experts_implementation", experts_implementation, ("eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys()))
-        )
+        known = ("eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys()))
+        _choose("--experts_implementation", experts_implementation, known)
     target = choose_device(device)
-    source = _find(path)
+    source = find_source(path)
     sketch, layout = _sketch(source, dtype)
     quantization = _settle_quantization(quantization, sketch, layout, target, source)
-    tokenizer = _read_tokenizer(source)
-    source = _find(path, weights=True)
+    tokenizer = read_tokenizer(source)
+    source = find_source(path, weights=True)
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     if experts_implementation:
         options["experts_implementation"] = experts_implementation
     if target.type != "cpu" or quantization != "none":
         options["device_map"] = {"": target}
-    with _refusing(source, "weights"), quantize.quantized_loading(quantization) as quantized_options:
+    with refusing(source, "weights"), quantize.quantized_loading(quantization) as quantized_options:
         model, report = _auto_model.from_pretrained(
             source.folder,
             dtype=dtype,
@@ -124,7 +112,7 @@ def load_model(
 
 def load_tokenizer(path: str) -> Any:
     """Load only the tokenizer of the model `path`; raises ConfigurationError where there is none."""
-    return _read_tokenizer(_find(path))
+    return read_tokenizer(find_source(path))
 
 
 def describe_model(path: str, dtype: str = "auto") -> dict[str, Any]:
@@ -135,7 +123,7 @@ def describe_model(path: str, dtype: str = "auto") -> dict[str, Any]:
     model's head). Raises ConfigurationError as `load_model` does.
     """
     _choose("--dtype", dtype, DTYPES)
-    source = _find(path)
+    source = find_source(path)
     sketch, layout = _sketch(source, dtype)
     counts = _count_by_component(sketch, layout)
     return {
@@ -155,64 +143,9 @@ def describe_model(path: str, dtype: str = "auto") -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Source:
-    folder: Path
-    name: str
-    revision: str | None
-
-
-def _find(path: str, *, weights: bool = False) -> _Source:
-    """Return the local folder of a model; from a hub id fetch it, its weights only if asked for."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigurationError(
-                f"{folder}: holds no config.json; name the folder that a model was saved to, "
-                "with config.json, tokenizer.json and safetensors files"
-            )
-        return _Source(folder, folder.resolve().name, None)
-    looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".")
-    if not looks_like_hub_id or folder.parent.is_dir():
-        raise ConfigurationError(
-            f"{path}: no such folder; give the folder of a saved model, or a hub id such as mistralai/Mixtral-8x7B-v0.1"
-        )
-    wanted = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
-    try:
-        # One quick question first: left to itself the download would retry a dead network for half a minute.
-        revision = HfApi(endpoint=constants.ENDPOINT).model_info(path, timeout=_HUB_TIMEOUT_SECONDS).sha
-        fetched = snapshot_download(path, revision=revision, allow_patterns=wanted, ignore_patterns=_OTHER_FORMATS)
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "an error"
-        raise ConfigurationError(
-            f"{path}: the hub answers {status} for this model; check its name, accept its licence on the hub and "
-            "log in with 'hf auth login', or give a local folder"
-        ) from error
-    except Exception as error:
-        # httpx, requests and huggingface_hub each have their own network errors; none of them is worth telling apart.
-        try:
-            fetched = snapshot_download(path, allow_patterns=wanted, local_files_only=True)
-        except (LocalEntryNotFoundError, OSError):
-            raise ConfigurationError(
-                f"{path}: is no local folder, and the hub can not be reached ({type(error).__name__}); "
-                "copy the model's folder to this machine and give its path"
-            ) from error
-    return _Source(Path(fetched), path, Path(fetched).name)
-
-
-def _read_tokenizer(source: _Source) -> Any:
-    if not any((source.folder / name).is_file() for name in _VOCABULARY_FILES):
-        raise ConfigurationError(
-            f"{source.folder}: holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); "
-            "copy the tokenizer files of the model into this folder"
-        )
-    with _refusing(source, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-
-
-def _sketch(source: _Source, dtype: str) -> tuple[PreTrainedModel, RouterLayout]:
+def _sketch(source: Source, dtype: str) -> tuple[PreTrainedModel, RouterLayout]:
     """Return the model on the meta device, which takes no memory, and its routers."""
-    with _refusing(source, "config.json"):
+    with refusing(source, "config.json"):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
         wanted = (stated or torch.float32) if dtype == "auto" else getattr(torch, dtype)
@@ -223,7 +156,7 @@ def _sketch(source: _Source, dtype: str) -> tuple[PreTrainedModel, RouterLayout]
 
 
 def _settle_quantization(
-    asked: str, sketch: PreTrainedModel, layout: RouterLayout, device: torch.device, source: _Source
+    asked: str, sketch: PreTrainedModel, layout: RouterLayout, device: torch.device, source: Source
 ) -> str:
     """Return none, int8, nf4 or nf4-double, or raise ConfigurationError where the model can not fit or be quantised."""
     stored = getattr(sketch.config, "quantization_config", None)
@@ -231,7 +164,7 @@ def _settle_quantization(
         raise ConfigurationError(
             f"{source.folder}: the checkpoint is already quantised; use --quantization none to run it as it is"
         )
-    needed = sum(size for _, size in _count_by_component(sketch, layout).values()) // 2  # parts and their total
+    _, needed = _count_by_component(sketch, layout)["total"]
     free = free_memory_bytes(device)
     if asked == "auto":
         asked = "nf4" if device.type == "cuda" and needed > 0.9 * free and not stored else "none"
@@ -287,30 +220,3 @@ def _tokenizer_hash(tokenizer: Any) -> str:
 def _choose(option: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigurationError(f"{option} {value}: unknown; use one of {', '.join(known)}")
-
-
-@contextmanager
-def _refusing(source: _Source, part: str) -> Iterator[None]:
-    """Turn whatever transformers says of unusable files into one sentence, and keep its own reports quiet."""
-    verbosity, bars = _transformers_logging.get_verbosity(), _transformers_logging.is_progress_bar_enabled()
-    _transformers_logging.set_verbosity_error()
-    _transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except ConfigurationError:
-        raise
-    except torch.OutOfMemoryError as error:
-        raise ConfigurationError(
-            f"{source.folder}: does not fit in the device's memory; use --quantization nf4 or --device cpu"
-        ) from error
-    except Exception as error:
-        # Unreadable files surface as OSError, ValueError, KeyError, RuntimeError, SafetensorError, ... by library.
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigurationError(
-            f"{source.folder}: its {part} can not be used ({type(error).__name__}: {reason}); "
-            "copy or download the model again"
-        ) from error
-    finally:
-        _transformers_logging.set_verbosity(verbosity)
-        if bars:
-            _transformers_logging.enable_progress_bar()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.moe import _default_apply_gate
@@ -96,7 +96,7 @@ def expert_bytes_per_parameter(model: nn.Module) -> float:
     return bytes_taken / parameters
 
 
-def check_quantized(model: nn.Module, mode: str) -> None:
+def check_quantized(model: PreTrainedModel, mode: str) -> None:
     """Raise ExpertSpeculationError unless the experts of `model` are as small as `mode` promises and routers intact."""
     found, limit = expert_bytes_per_parameter(model), _MAX_BYTES_PER_PARAMETER[mode]
     if found >= limit:
@@ -104,6 +104,9 @@ def check_quantized(model: nn.Module, mode: str) -> None:
             f"--quantization {mode}: experts take {found:.2f} bytes per parameter where less than {limit} was wanted; "
             "the installed bitsandbytes did not quantise them"
         )
+    for site in find_routers(model).sites:
+        if not all(parameter.is_floating_point() for parameter in site.module.parameters()):
+            raise ExpertSpeculationError(f"--quantization {mode}: router {site.name!r} was quantised too")
 
 
 def _statistics(linear: nn.Module) -> Iterator[torch.Tensor]:

@@ -1,8 +1,8 @@
 """Intervals of micro-averages from a bootstrap over sequences.
 
-Tokens of one sequence resemble each other, so resampling tokens would claim too much certainty; a resample draws as many
-sequences as there are, with replacement, which is a row of multinomial weights. Equal seeds give equal resamples, so
-the differences of two predictors' samples are paired.
+Tokens of one sequence resemble each other, so resampling tokens would claim too much certainty; a resample draws as
+many sequences as there are, with replacement, which is a row of multinomial weights. Equal seeds give equal resamples,
+so the differences of two predictors' samples are paired.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ It fits traces of the model named here and of no other.
 |---|---|
 {table}
 
-The figure above chose the weights, so it flatters; `expert-speculation evaluate` scores sequences never used in training,
-beside the baselines whose counts lie in `baselines.safetensors`:
+A validation figure chose the weights, so it flatters; `expert-speculation evaluate` scores sequences never used in
+training, beside the baselines whose counts lie in `baselines.safetensors`:
 
 ```
 expert-speculation evaluate --shard_dir RUN --predictor_dir {folder_name}

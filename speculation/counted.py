@@ -17,23 +17,25 @@ from torch import Tensor
 
 from groundwork import atomic
 from groundwork.errors import ConfigurationError
-from groundwork.progress import progress
+from groundwork.progress import Progress, progress
 from speculation.features import RoutingBatch, last_used, multi_hot, packed_batches, previous_token
 from speculation.predictor import MAX_HORIZON, Predictor, RoutingShape, read_tensors, register
 from traces.reader import TraceDataset
 
 BASELINES_FILE = "baselines.safetensors"
 BATCH_TOKENS = 4096
-SMOOTHING = 8.0  # pseudo-observations of a source expert, spread by frequency; recall on real traces is flat from 1 to 30
+SMOOTHING = (
+    8.0  # pseudo-observations of a source expert, spread by frequency; recall on real traces is flat from 1 to 30
+)
 
 
 @dataclass
 class RoutingCounts:
     """Usage and transition counts of a split, int64; counts of parts add up to the counts of the whole.
 
-    usage_LE: tokens routed to each expert. transitions_HLEE[h-1, l, i, j]: tokens with i chosen at layer l-h and j at l.
-    previous_PEE[l, i, j]: tokens with i chosen at layer l by the token before and j now, for the P layers that a horizon
-    can leave without a layer below.
+    usage_LE: tokens routed to each expert. transitions_HLEE[h-1, l, i, j]: tokens with i chosen at layer l-h and j at
+    l. previous_PEE[l, i, j]: tokens with i chosen at layer l by the token before and j now, for the P layers that a
+    horizon can leave without a layer below.
     """
 
     usage_LE: Tensor
@@ -87,7 +89,8 @@ class RoutingCounts:
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             if found != tuple(expected.shape):
                 raise ConfigurationError(
-                    f"{path}: tensor {name} is {found}, wanted {tuple(expected.shape)} for {shape}; train the predictor again"
+                    f"{path}: tensor {name} is {found}, wanted {tuple(expected.shape)} for {shape}; "
+                    "train the predictor again"
                 )
         return cls(*(tensors[name].long() for name in vars(empty)))
 
@@ -96,7 +99,8 @@ def count_routing(dataset: TraceDataset, split: str = "train", hold_out: Collect
     """Counts a split in one streaming pass; memory is that of the counts and one batch."""
     counts = RoutingCounts.zeros(RoutingShape.of(dataset))
     stream = dataset.sequences(split=split, columns=(), hold_out=tuple(hold_out))
-    with progress(description=f"counting {split}", unit="tokens") as bar:
+    bar: Progress[None] = progress(description=f"counting {split}", unit="tokens")
+    with bar:
         for _, batch in packed_batches(stream, dataset.spec, BATCH_TOKENS):
             counts.add(batch)
             bar.update(batch.num_tokens)
@@ -144,7 +148,9 @@ class Frequency(CountedPredictor):
 
 @register
 class Repeat(CountedPredictor):
-    """The previous token's experts at that layer in their stored order, then those used most recently before; learns nothing."""
+    """The previous token's experts at that layer in their stored order, then those used most recently before; learns
+    nothing.
+    """
 
     name = "repeat"
 
@@ -154,7 +160,9 @@ class Repeat(CountedPredictor):
         scores_TLE = torch.where(age_TLE > 0, 1.0 / age_TLE.clamp_min(1), 0.0)
         places = batch.expert_ids_TLK.shape[2]
         bonus_K = torch.arange(places, 0, -1, dtype=torch.float32)
-        ordered_TLE = torch.zeros_like(scores_TLE).scatter_(2, batch.expert_ids_TLK, bonus_K.expand(batch.expert_ids_TLK.shape))
+        ordered_TLE = torch.zeros_like(scores_TLE).scatter_(
+            2, batch.expert_ids_TLK, bonus_K.expand(batch.expert_ids_TLK.shape)
+        )
         return scores_TLE + previous_token(ordered_TLE, batch.offsets)
 
 

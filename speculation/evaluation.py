@@ -1,4 +1,5 @@
-"""The evaluation protocol: every predictor and every baseline on the same sequences, with intervals and paired differences.
+"""The evaluation protocol: every predictor and every baseline on the same sequences, with intervals and paired
+differences.
 
 One streaming pass; what is kept is a sum per predictor, sequence, layer and metric, whatever the number of tokens.
 Headline figures average over all tokens and the layers that have a layer `horizon` below them.
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from groundwork.errors import ConfigurationError
-from groundwork.progress import progress
+from groundwork.progress import Progress, progress
 from speculation.bootstrap import Floats, interval, resampled_means
 from speculation.counted import BASELINES_FILE, Repeat, RoutingCounts, baselines_from, count_routing
 from speculation.features import packed_batches
@@ -46,7 +47,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores predictors (by the name they shall have in the result) on a split, beside chance and the baselines.
 
-    Raises ConfigurationError when the split is empty, the horizon leaves no layer, or a predictor does not fit the traces.
+    Raises ConfigurationError when the split is empty, the horizon leaves no layer, or a predictor does not fit the
+    traces.
     """
     shape = RoutingShape.of(dataset)
     if not 1 <= horizon <= min(MAX_HORIZON, shape.num_layers - 1):
@@ -125,7 +127,9 @@ def format_table(result: Mapping[str, Any]) -> str:
     for name in dict.fromkeys(difference["a"] for difference in result["differences"]):
         beaten = [d["b"] for d in result["differences"] if d["a"] == name and d["low"] > 0]
         if beaten:
-            lines.append(f"{name} is better than {', '.join(beaten)}: the paired difference in recall@{top_k} excludes 0")
+            lines.append(
+                f"{name} is better than {', '.join(beaten)}: the paired difference in recall@{top_k} excludes 0"
+            )
     lines.append(
         f"{result['sequences']:,} sequences, {result['tokens']:,} tokens of split {result['split']}, "
         f"{result['horizon']} layer{'s' if result['horizon'] > 1 else ''} ahead"
@@ -137,7 +141,9 @@ def format_table(result: Mapping[str, Any]) -> str:
 def _baselines(
     dataset: TraceDataset, predictors: Mapping[str, Predictor], split: str, notes: list[str]
 ) -> dict[str, Predictor]:
-    """frequency, repeat and markov by the protocol's rule for where their counts come from; given ones are left as given."""
+    """frequency, repeat and markov by the protocol's rule for where their counts come from; given ones are left as
+    given.
+    """
     shape = RoutingShape.of(dataset)
     if split == "all":
         counts = _counts_of_folders(predictors, shape, notes)
@@ -151,8 +157,8 @@ def _baselines(
         notes.append("these traces have no train split")
         counts = _counts_of_folders(predictors, shape, notes)
     found: dict[str, Predictor] = {"repeat": Repeat()} if counts is None else baselines_from(counts, shape)
-    for name in sorted(found.keys() & predictors.keys()):
-        notes.append(f"{name} is the predictor given, not one fitted for this evaluation")
+    given = sorted(found.keys() & predictors.keys())
+    notes += [f"{name} is the predictor given, not one fitted for this evaluation" for name in given]
     return {name: predictor for name, predictor in found.items() if name not in predictors}
 
 
@@ -173,7 +179,8 @@ def _tally(
 ) -> _Tally:
     columns = {column for p in predictors.values() for column in p.sees(dataset.available)} & OPTIONAL_COLUMNS
     tally = _Tally(sums={name: [] for name in predictors})
-    with progress(description=f"evaluating on {split}", unit="tokens") as bar:
+    bar: Progress[None] = progress(description=f"evaluating on {split}", unit="tokens")
+    with bar:
         for group, batch in packed_batches(dataset.sequences(split, sorted(columns)), dataset.spec, BATCH_TOKENS):
             tally.tokens += batch.sequence_lengths.tolist()
             tally.datasets += [sequence.dataset for sequence in group]

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +18,16 @@ from torch import Tensor
 
 from traces.schema import SequenceTrace, TraceSpec
 
-SCAN_TOKENS = 64  # tokens a decayed scan handles with one matrix product; larger chunks cost more arithmetic, smaller more calls
+SCAN_TOKENS = (
+    64  # tokens a decayed scan handles with one matrix product; larger chunks cost more arithmetic, smaller more calls
+)
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingBatch:
-    """One or more whole sequences packed along T; `offsets` (S+1) bounds them, None stands for a column that is absent."""
+    """One or more whole sequences packed along T; `offsets` (S+1) bounds them, None stands for a column that is
+    absent.
+    """
 
     expert_ids_TLK: Tensor
     routing_weights_TLK: Tensor | None
@@ -70,7 +75,9 @@ class RoutingBatch:
 
     def to(self, device: torch.device | str) -> RoutingBatch:
         """The same batch with its tensors on a device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -115,7 +122,7 @@ def previous_token(values_T: Tensor, offsets: Tensor) -> Tensor:
 
 
 def last_used(hot_TLE: Tensor, offsets: Tensor) -> Tensor:
-    """How many tokens ago each expert was last chosen at its layer by an earlier token, int32 (T, L, E); 0 for never."""
+    """How many tokens ago each expert was last chosen at its layer, int32 (T, L, E), at least 1; 0 for never."""
     tokens = hot_TLE.shape[0]
     position_T = torch.arange(1, tokens + 1, dtype=torch.int32, device=hot_TLE.device)
     used_TLE = torch.where(hot_TLE > 0, position_T[:, None, None], 0)
@@ -179,4 +186,6 @@ def _token_ids(sequences: Sequence[SequenceTrace]) -> Tensor | None:
 
 @lru_cache(maxsize=1 << 17)
 def _hashed_token(token: str) -> int:
-    return int.from_bytes(hashlib.blake2b(token.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(token.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "little") >> 1
+    )

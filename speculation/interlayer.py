@@ -1,9 +1,11 @@
-"""InterLayer: a transformer over the layers of one token, fed with the routing below and with what earlier tokens chose.
+"""InterLayer: a transformer over the layers of one token, fed with the routing below and with what earlier tokens
+chose.
 
-Position l stands for target layer l. Its input is the expert sets of layers l-h, l-h-1, ... (continued, below layer 0, with
-the top layers of the token before), what the tokens before chose at layer l (the last one's set and usage decayed at
-several rates), and an embedding of layer and horizon; attention is causal over layers. So position l sees what horizon h
-allows and no more, all layers of a token are scored in one pass, and tokens are a plain batch dimension: O(T * L**2).
+Position l stands for target layer l. Its input is the expert sets of layers l-h, l-h-1, ... (continued, below layer 0,
+with the top layers of the token before), what the tokens before chose at layer l (the last one's set and usage decayed
+at several rates), and an embedding of layer and horizon; attention is causal over layers. So position l sees what
+horizon h allows and no more, all layers of a token are scored in one pass, and tokens are a plain batch dimension: O(T
+* L**2).
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ class InterLayer(NeuralPredictor):
         return InterLayerModule(shape, self.settings, generator, frequency_LE)
 
     def features(self, batch: RoutingBatch) -> tuple[Tensor, ...]:
-        """Current set, current weight shares, the previous token's both (T, L, E), decayed usage (T, L, R, E), known (T,)."""
+        """Current set, current weight shares, the previous token's both (T, L, E), decayed usage (T, L, R, E), known
+        (T,).
+        """
         hot_TLE = multi_hot(batch.expert_ids_TLK, batch.num_experts)
         if batch.routing_weights_TLK is None or "weights" not in self.uses:
             share_TLE, known_T = torch.zeros_like(hot_TLE), hot_TLE.new_zeros(batch.num_tokens)
@@ -141,7 +145,9 @@ class InterLayerModule(nn.Module):
         # Decoding order backwards from layer l: this token's layers below it, then the top layers of the token before.
         path_TPE = torch.cat([before_TLE[:, -self.reach :], hot_TLE], dim=1)
         below = [
-            path_TPE[:, self.reach - back : self.reach - back + layers] if back >= horizon else torch.zeros_like(hot_TLE)
+            path_TPE[:, self.reach - back : self.reach - back + layers]
+            if back >= horizon
+            else torch.zeros_like(hot_TLE)
             for back in range(1, self.reach + 1)
         ]
         below.append(torch.cat([before_share_TLE[:, -horizon:], share_TLE[:, :-horizon]], dim=1))

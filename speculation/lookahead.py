@@ -1,4 +1,5 @@
-"""gate_lookahead: the target layer's own router, applied early to the hidden state some layers below; nothing is learned.
+"""gate_lookahead: the target layer's own router, applied early to the hidden state some layers below; nothing is
+learned.
 
 The idea is that of mixtral-offloading (2312.17238), DAOP and Fate: residual streams change slowly, so layer l's router
 reads much of its answer from layer l-h's input.
@@ -35,9 +36,10 @@ class GateLookahead(Predictor):
         self.check_horizon(batch, horizon)
         lookahead_THLE = batch.lookahead_logits_THLE
         if lookahead_THLE is None or lookahead_THLE.shape[1] < horizon:
+            held = 0 if lookahead_THLE is None else lookahead_THLE.shape[1]
             raise ConfigurationError(
-                f"the traces hold lookahead logits for {0 if lookahead_THLE is None else lookahead_THLE.shape[1]} horizons, "
-                f"but --horizon {horizon} was asked for; collect them with --store weights,lookahead --lookahead {horizon}"
+                f"--horizon {horizon}: the traces hold lookahead logits of {held} horizons; "
+                f"collect them again with --store weights,lookahead --lookahead {horizon}"
             )
         low_THE = Repeat().predict_scores(batch, horizon)[:, :horizon]
         return torch.cat([low_THE, lookahead_THLE[:, horizon - 1, horizon:]], dim=1)

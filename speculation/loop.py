@@ -1,10 +1,10 @@
 """The training loop of neural predictors: streamed shards, a memory budget, and a resume that is exact to the bit.
 
-A step takes `batch_size * gradient_accumulation_steps` sequences off the shuffled stream. They are packed, given features
-and worked through in slices of tokens, as many as the budget allows, while gradients add up: memory depends on the slice,
-never on run or batch. The learning rate warms up, then follows a cosine of the progress towards whichever limit ends
-first: epochs, steps or minutes. A step's randomness is drawn from (seed, step), so a checkpoint needs no generator state.
-Resumed runs are equal where epochs or steps end them; a clock can not be repeated.
+A step takes `batch_size * gradient_accumulation_steps` sequences off the shuffled stream. They are packed, given
+features and worked through in slices of tokens, as many as the budget allows, while gradients add up: memory depends
+on the slice, never on run or batch. The learning rate warms up, then follows a cosine of the progress towards
+whichever limit ends first: epochs, steps or minutes. A step's randomness is drawn from (seed, step), so a checkpoint
+needs no generator state. Resumed runs are equal where epochs or steps end them; a clock can not be repeated.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from groundwork import atomic
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from groundwork.hardware import free_memory_bytes
+from groundwork.progress import Progress as Bar
 from groundwork.progress import progress
 from speculation.counted import RoutingCounts, count_routing
 from speculation.features import RoutingBatch, multi_hot, packed_batches
@@ -46,7 +47,9 @@ Record = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How to train; the first of `epochs`, `max_steps` and `max_minutes` to be reached ends it, 20 epochs if none is given."""
+    """How to train; the first of `epochs`, `max_steps` and `max_minutes` to be reached ends it, 20 epochs if none is
+    given.
+    """
 
     batch_size: int = 2  # sequences
     gradient_accumulation_steps: int = 1
@@ -98,10 +101,11 @@ def fit_module(
     checkpoint: Path | None = None,
     record: Record | None = None,
 ) -> Progress:
-    """Trains a predictor's module from scratch, or on from `checkpoint` where that file exists, and keeps the best weights.
+    """Trains a predictor's module from scratch, or on from `checkpoint` where that file exists, and keeps the best
+    weights.
 
-    `record` is given one dict per validation. Raises ConfigurationError for an empty split, a budget too small for one token,
-    or a checkpoint of other settings; ExpertSpeculationError when the loss is no longer a number.
+    `record` is given one dict per validation. Raises ConfigurationError for an empty split, a budget too small for one
+    token, or a checkpoint of other settings; ExpertSpeculationError when the loss is no longer a number.
     """
     training = sum(len(window) for window in dataset.order(split, hold_out=hold_out))
     if training == 0:
@@ -109,7 +113,9 @@ def fit_module(
     predictor.shape_ = RoutingShape.of(dataset)
     predictor.uses = predictor.uses & dataset.available
     counts = counts if counts is not None else count_routing(dataset, split, hold_out)
-    module = predictor.build(predictor.shape_, torch.Generator().manual_seed(settings.seed), counts).to(predictor.device)
+    module = predictor.build(predictor.shape_, torch.Generator().manual_seed(settings.seed), counts).to(
+        predictor.device
+    )
     predictor.module_ = module
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
@@ -144,12 +150,18 @@ def fit_module(
         if record is not None:
             record(
                 {
-                    **{"step": state.step, "epoch": state.epoch, "tokens": state.tokens, "seconds": round(state.seconds, 1)},
+                    **{
+                        "step": state.step,
+                        "epoch": state.epoch,
+                        "tokens": state.tokens,
+                        "seconds": round(state.seconds, 1),
+                    },
                     **{"loss": loss, "validation_recall": recall, "learning_rate": optimizer.param_groups[0]["lr"]},
                 }
             )
 
-    with progress(total=total, description=f"training {predictor.name}", unit="steps") as bar:
+    bar: Bar[None] = progress(total=total, description=f"training {predictor.name}", unit="steps")
+    with bar:
         bar.update(state.step)
         while not finished():
             seed = settings.seed * 1_000_003 + state.epoch
@@ -225,7 +237,9 @@ def _step(
 def _validation_recall(
     predictor: NeuralPredictor, dataset: TraceDataset, columns: list[str], hold_out: Collection[str]
 ) -> float | None:
-    """Recall at K one layer ahead on validation_stop, over the layers with one below; None where there is no such sequence."""
+    """Recall at K one layer ahead on validation_stop, over the layers with one below; None where there is no such
+    sequence.
+    """
     found = wanted = 0.0
     stream = dataset.sequences("validation_stop", columns, hold_out=hold_out)
     for _, batch in packed_batches(stream, dataset.spec, 4096):
@@ -266,15 +280,18 @@ def _rate(step: int, share: float) -> float:
 
 def _token_limits(predictor: NeuralPredictor, settings: LoopSettings) -> tuple[int, int]:
     """Tokens packed together and tokens worked on at once, so that both stay within the budget."""
-    assert predictor.shape_ is not None and predictor.module_ is not None
-    weights = 16 * sum(parameter.numel() for parameter in predictor.module_.parameters())  # weight, gradient, two moments
+    assert predictor.shape_ is not None
+    assert predictor.module_ is not None
+    weights = 16 * sum(
+        parameter.numel() for parameter in predictor.module_.parameters()
+    )  # weight, gradient, two moments
     budget = min(settings.memory_budget_gb * 1e9, free_memory_bytes(predictor.device))
     features, working = predictor.training_bytes_per_token(predictor.shape_)
     packed, piece = (int(BUDGET_SHARE * (budget - weights) / size) for size in (features, working))
     if min(packed, piece) < 1:
         raise ConfigurationError(
-            f"--memory_budget_gb {settings.memory_budget_gb:g}: too little for the {weights / 1e9:.3g} GB of weights and "
-            f"optimizer and {(features + working) / 1e6:.3g} MB a token; raise it or make the predictor smaller"
+            f"--memory_budget_gb {settings.memory_budget_gb:g}: too little for the {weights / 1e9:.3g} GB of weights "
+            f"and optimizer and {(features + working) / 1e6:.3g} MB a token; raise it or make the predictor smaller"
         )
     return packed, min(piece, SLICE_TOKENS.get(predictor.device.type, SLICE_TOKENS["cuda"]))
 
@@ -316,7 +333,9 @@ def _save_checkpoint(
 def _load_checkpoint(
     path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
 ) -> tuple[Progress, dict[str, Tensor]]:
-    """Restores module and optimizer; returns progress and best weights. Raises ConfigurationError when it does not belong here."""
+    """Restores module and optimizer; returns progress and best weights. Raises ConfigurationError when it does not
+    belong here.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -328,7 +347,9 @@ def _load_checkpoint(
     differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
     if differing:
         shown = ", ".join(f"{name} was {found.get(name)}, now {wanted.get(name)}" for name in differing)
-        raise ConfigurationError(f"{path}: made with other settings ({shown}); repeat those or choose another --output_dir")
+        raise ConfigurationError(
+            f"{path}: made with other settings ({shown}); repeat those or choose another --output_dir"
+        )
     module.load_state_dict(_under(tensors, "module."))
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under(tensors, "optimizer.").items():

@@ -1,8 +1,8 @@
 """How good scores are: hits of the b best experts against the router's set, summed per sequence and layer.
 
-With S the chosen set and top_b the b best scores: `top_n` asks whether the router's first choice is in top_n, `recall@b` is
-|S n top_b| / K, `hit_at_1` whether top_1 is in S, `exact_set` whether top_K = S, `any_hit` whether S and top_K meet.
-Equal scores rank by expert id, lower first, so that every run and machine ranks alike.
+With S the chosen set and top_b the b best scores: `top_n` asks whether the router's first choice is in top_n,
+`recall@b` is |S n top_b| / K, `hit_at_1` whether top_1 is in S, `exact_set` whether top_K = S, `any_hit` whether S and
+top_K meet. Equal scores rank by expert id, lower first, so that every run and machine ranks alike.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def ranked_experts(scores_TLE: Tensor) -> Tensor:
 
 
 def layer_sums(scores_TLE: Tensor, batch: RoutingBatch, names: list[str]) -> Tensor:
-    """Sums over each sequence's tokens, float64 (S, L, M), one column for each of `names`; divide by tokens for means."""
+    """Sums over each sequence's tokens, float64 (S, L, M), a column for each of `names`; divide by tokens for means."""
     ranked_TLE = ranked_experts(scores_TLE)
     top_k = batch.expert_ids_TLK.shape[2]
     found_TLE = multi_hot(batch.expert_ids_TLK, batch.num_experts).gather(2, ranked_TLE).cumsum(dim=2)
@@ -70,4 +70,6 @@ def chance_values(shape: RoutingShape, names: list[str]) -> list[float]:
         "exact_set": 1 / comb(experts, top_k),
         "any_hit": 1 - comb(experts - top_k, top_k) / comb(experts, top_k),
     }
-    return [fixed[name] if name in fixed else int(name.replace("top_", "recall@").split("@")[1]) / experts for name in names]
+    return [
+        fixed[name] if name in fixed else int(name.replace("top_", "recall@").split("@")[1]) / experts for name in names
+    ]

@@ -1,7 +1,7 @@
 """What neural predictors share: features once per packed batch, scores and losses over slices of its tokens.
 
-Work on a slice depends on the slice alone, so memory is bounded by slice length whatever the batch, and gradients add up
-to the batch's to rounding.
+Work on a slice depends on the slice alone, so memory is bounded by slice length whatever the batch, and gradients add
+up to the batch's to rounding.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class NeuralPredictor(Predictor):
 
     @abstractmethod
     def training_bytes_per_token(self, shape: RoutingShape) -> tuple[int, int]:
-        """Estimated bytes a token takes while training: in the features of a batch, and in the slice being worked on."""
+        """Estimated bytes a token takes in training: in the features of a batch, and in the slice being worked on."""
 
     def sample_horizon(self, generator: torch.Generator) -> int:
         """The horizon of one training step; 1 unless the predictor serves several."""
@@ -60,7 +60,9 @@ class NeuralPredictor(Predictor):
             self.module_.to(self.device)
         return self
 
-    def fit(self, dataset: TraceDataset, *, split: str = "train", hold_out: Collection[str] = (), **limits: Any) -> Self:
+    def fit(
+        self, dataset: TraceDataset, *, split: str = "train", hold_out: Collection[str] = (), **limits: Any
+    ) -> Self:
         """Trains in memory-bounded steps without leaving files; `limits` are fields of loop.LoopSettings."""
         from speculation.loop import LoopSettings, fit_module
 
@@ -75,7 +77,9 @@ class NeuralPredictor(Predictor):
         self.module_.eval()
         features = self.features(batch.to(self.device))
         parts = [
-            self.logits(tuple(feature[start : start + SCORE_TOKENS] for feature in features), horizon, None).float().cpu()
+            self.logits(tuple(feature[start : start + SCORE_TOKENS] for feature in features), horizon, None)
+            .float()
+            .cpu()
             for start in range(0, batch.num_tokens, SCORE_TOKENS)
         ]
         return torch.cat(parts)

@@ -1,14 +1,14 @@
 """The one interface of all predictors, and the registry that finds them by name.
 
-Causality, in decoding order: the choice at token t, layer l is step t*L + l. A score for step s at horizon h may use the
-routing of steps up to s - h, the id of token t only where l >= h, and nothing else.
+Causality, in decoding order: the choice at token t, layer l is step t*L + l. A score for step s at horizon h may use
+the routing of steps up to s - h, the id of token t only where l >= h, and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -71,7 +71,9 @@ class Predictor(ABC):
 
     @abstractmethod
     def predict_scores(self, batch: RoutingBatch, horizon: int = 1) -> Tensor:
-        """Scores float32 (T, L, E) on the CPU, higher is likelier, for every layer; those below `horizon` see earlier tokens only."""
+        """Scores float32 (T, L, E) on the CPU, higher is likelier, for every layer; those below `horizon` see earlier
+        tokens only.
+        """
 
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON holds them."""
@@ -108,7 +110,8 @@ class Predictor(ABC):
         """Raises ConfigurationError for a horizon that no predictor can serve on this batch."""
         if not 1 <= horizon <= min(MAX_HORIZON, batch.num_layers):
             raise ConfigurationError(
-                f"--horizon {horizon}: must be 1 to {min(MAX_HORIZON, batch.num_layers)} for a model of {batch.num_layers} layers"
+                f"--horizon {horizon}: must be 1 to {min(MAX_HORIZON, batch.num_layers)} "
+                f"for a model of {batch.num_layers} layers"
             )
 
     def save_pretrained(self, folder: Path | str, provenance: Mapping[str, Any] | None = None) -> None:
@@ -157,7 +160,9 @@ def create(name: str, **options: Any) -> Predictor:
 
 
 def load_predictor(folder: Path | str) -> Predictor:
-    """Reads the predictor in a folder, whatever its kind; raises ConfigurationError when there is none or it is damaged."""
+    """Reads the predictor in a folder, whatever its kind; raises ConfigurationError when there is none or it is
+    damaged.
+    """
     path = Path(folder)
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -168,11 +173,13 @@ def load_predictor(folder: Path | str) -> Predictor:
     except ValueError as error:
         raise ConfigurationError(f"{path / CONFIG_FILE}: not JSON ({error}); train the predictor again") from error
     if not isinstance(config, dict) or "predictor" not in config:
-        raise ConfigurationError(f"{path / CONFIG_FILE}: names no predictor; give a folder that 'expert-speculation train' wrote")
+        raise ConfigurationError(
+            f"{path / CONFIG_FILE}: names no predictor; give a folder that 'expert-speculation train' wrote"
+        )
     if config.get("format_version") != FORMAT_VERSION:
         raise ConfigurationError(
-            f"{path / CONFIG_FILE}: format_version {config.get('format_version')}, but this version reads {FORMAT_VERSION}; "
-            "train the predictor again"
+            f"{path / CONFIG_FILE}: format_version {config.get('format_version')}, but this program reads "
+            f"{FORMAT_VERSION}; train the predictor again"
         )
     try:
         predictor = create(config["predictor"], **config["options"])
@@ -199,5 +206,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _missing_column(column: str) -> str:
     if column == "tokens":
         return "the column 'tokens', but neither token ids nor token strings are known; collect the traces again"
-    flag = "--store weights,lookahead --lookahead 3" if column == "lookahead" else f"--store {','.join({'weights', column})}"
+    flag = (
+        "--store weights,lookahead --lookahead 3"
+        if column == "lookahead"
+        else f"--store {','.join({'weights', column})}"
+    )
     return f"the column '{column}', which these traces lack; collect them again with {flag}"

@@ -1,7 +1,8 @@
-"""`train`: from a trace folder to a predictor folder, which is checked for room first and complete when its config is there.
+"""`train`: from a trace folder to a predictor folder, which is checked for room first and complete when its config is
+there.
 
-The folder is flat: config.json, model.safetensors, the counts of the baselines, a model card and the training log; beside
-them a checkpoint while training has not ended.
+The folder is flat: config.json, model.safetensors, the counts of the baselines, a model card and the training log;
+beside them a checkpoint while training has not ended.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class TrainSettings:
 def train(settings: TrainSettings) -> Path:
     """Fits a predictor on the train split and writes its folder, `models/<run>-<predictor>` unless told otherwise.
 
-    Raises ConfigurationError for an unknown predictor or data set, a missing required column, an empty train split, an output
-    folder that holds something else or a finished predictor, and a checkpoint of other settings.
+    Raises ConfigurationError for an unknown predictor or data set, a missing required column, an empty train split, an
+    output folder that holds something else or a finished predictor, and a checkpoint of other settings.
     """
     loop = settings.loop()
     predictor = create(settings.predictor, **settings.options)
@@ -155,12 +156,16 @@ def _fit_neural(
 def _claim(folder: Path, resume: bool) -> bool:
     """Makes the output folder ours; True when it already holds a finished predictor that `--resume` accepts."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"{folder}: a file, wanted a folder to write the predictor to; choose another --output_dir")
+        raise ConfigurationError(
+            f"{folder}: a file, wanted a folder to write the predictor to; choose another --output_dir"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     present = {path.name for path in folder.iterdir()}
     foreign = sorted(present - OWN_FILES)
     if foreign:
-        raise ConfigurationError(f"{folder}: holds {foreign[0]}, which is no part of a predictor; choose another --output_dir")
+        raise ConfigurationError(
+            f"{folder}: holds {foreign[0]}, which is no part of a predictor; choose another --output_dir"
+        )
     if CONFIG_FILE in present:
         if resume:
             return True

@@ -2,8 +2,6 @@
 arrays.
 
 Shapes: T tokens of one sequence, L MoE layers, E experts, K experts per token, H horizons. Format version 1.
-Strings are plain Parquet strings, dictionary-encoded in the file: the Arrow dictionary type would stop `datasets`
-from reading.
 """
 
 import json
@@ -125,9 +123,9 @@ class TraceSpec:
 def arrow_schema(spec: TraceSpec) -> pa.Schema:
     """Return the columns of a shard, all non-null, lists layer-major and of fixed size, with the spec as metadata."""
     fields = [
-        ("dataset", pa.string()),
+        ("dataset", pa.dictionary(pa.int32(), pa.string())),
         ("sequence_id", pa.uint32()),
-        ("sequence_key", pa.string()),
+        ("sequence_key", pa.dictionary(pa.int32(), pa.string())),
         ("position", pa.uint32()),
         ("phase", pa.uint8()),
         ("token_id", pa.int32()),

@@ -250,4 +250,4 @@ def _options(spec: TraceSpec) -> dict[str, Any]:
 def _repeat(values: list[str], lengths: NDArray[np.int64]) -> pa.Array:
     """Return each string `length` times, without a Python loop over tokens."""
     indices = np.repeat(np.arange(len(values), dtype=np.int32), lengths)
-    return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(values, pa.string())).cast(pa.string())
+    return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(values, pa.string()))

@@ -71,6 +71,9 @@ const startJourneys = async () => {
     for (let layer = 0; layer < layers; layer++) count += hits(token, layer);
     return count / (layers * k);
   };
+  /* Orange where nothing was named, pale at a little, blue where everything was. */
+  const answerColour = (share) => (share < 0.2 ? `color-mix(in srgb, var(--wrong) ${Math.round(100 - 400 * share)}%, var(--part))`
+    : `color-mix(in srgb, var(--right) ${Math.round((100 * (share - 0.2)) / 0.8)}%, var(--part))`);
   const showsRight = () => state.right && guesses.length > 0;
   const colours = () => report.colours[report.mode()];
   const pathColour = (place) => PATH_COLOURS[report.mode()][place % 6];
@@ -95,7 +98,7 @@ const startJourneys = async () => {
       span.setAttribute("aria-selected", String(place >= 0));
       span.tabIndex = token === state.token ? 0 : -1;
       span.style.background = place >= 0 ? pathColour(place) : "";
-      span.style.borderBottomColor = showsRight() ? `color-mix(in srgb, var(--right) ${Math.round(100 * hitShare(token))}%, var(--wrong))` : "";
+      span.style.borderBottomColor = showsRight() ? answerColour(hitShare(token)) : "";
     }
   };
 
@@ -137,7 +140,9 @@ const startJourneys = async () => {
     const first = Math.max(0, Math.floor(left / cell)), last = Math.min(tokens, Math.ceil((left + shown) / cell));
     const palette = colours(), rgbs = palette.map(rgb), paper = rgb(report.variable("--paper"));
     const gap = cell >= 6 ? 1 : 0, numbers = cell >= 18 && cellHeight >= 14;
-    const answer = ["--wrong", "--part", "--right"].map(report.variable);
+    const probe = getComputedStyle(find("legend")), before = find("legend").style.color;
+    const answer = Array.from({ length: k + 1 }, (_, right) => { find("legend").style.color = answerColour(right / k); return probe.color; });
+    find("legend").style.color = before;
     context.textBaseline = "middle";
     for (let token = first; token < last; token++) {
       const x = token * cell - left;
@@ -148,7 +153,7 @@ const startJourneys = async () => {
         if (showsRight()) {
           const right = hits(token, layer);
           context.globalAlpha = faded ? 0.1 : 1;
-          context.fillStyle = answer[right === k ? 2 : right ? 1 : 0];
+          context.fillStyle = answer[right];
           context.fillRect(x, y, cell - gap, cellHeight - 1);
         } else {
           const expert = state.expert !== null && !faded ? state.expert : lead(token, layer, own);
@@ -217,7 +222,7 @@ const startJourneys = async () => {
     if (guess.length) {
       const right = guess.filter((expert) => own.includes(expert)).length;
       tip.append(make("div", { class: "guess" }, make("div", { class: "where" }, `${info.predictors[state.predictor]} guessed: ${right} of ${k} right`),
-        ...guess.map((expert) => make("div", { class: "row" }, swatch(expert), `expert ${expert}`, "", own.includes(expert) ? "✓ right" : "✗ not chosen"))));
+        ...guess.map((expert) => make("div", { class: "row guessed" }, swatch(expert), make("span", {}, `expert ${expert}`), make("span", { class: "answer" }, own.includes(expert) ? "✓ right" : "✗ not chosen")))));
     }
     tip.hidden = false;
     const x = 46 + (token + 1) * state.cell - view.scrollLeft + 10, y = labelHeight() + (layer + 1) * cellHeight;
@@ -234,8 +239,8 @@ const startJourneys = async () => {
     if (showsRight()) {
       let count = 0;
       for (let token = 0; token < tokens; token++) count += hitShare(token);
-      legend.replaceChildren(item("var(--right)", k === 1 ? "named" : `all ${k} experts named`), ...(k === 1 ? [] : [item("var(--part)", "some named")]),
-        item("var(--wrong)", "none named"), make("strong", {}, `${((100 * count) / tokens).toFixed(1)} % of this sequence's experts were named`));
+      legend.replaceChildren(make("span", {}, "Of a cell's experts the predictor named:"),
+        ...Array.from({ length: k + 1 }, (_, right) => item(answerColour(right / k), right === 0 ? "none" : right === k ? (k > 1 ? `all ${k}` : "it") : String(right))), make("strong", {}, `${((100 * count) / tokens).toFixed(1)} % of this sequence's experts were named`));
       return;
     }
     const what = !info.ordered ? `of each cell's ${k}, whose order is not known, the one this sequence uses most at the layer`
@@ -247,7 +252,7 @@ const startJourneys = async () => {
       button.addEventListener("click", () => { state.expert = state.expert === expert ? null : expert; all(); find("legend").querySelectorAll("button")[expert]?.focus(); });
       return button;
     });
-    legend.replaceChildren(make("span", {}, `Expert (${what}):`), ...buttons);
+    legend.replaceChildren(make("span", { class: experts > 16 ? "whole" : "" }, `Expert (${what}):`), ...buttons);
   };
 
   const drawPaths = () => {
@@ -396,7 +401,7 @@ const startJourneys = async () => {
       `${each.sequence_id} · ${each.num_tokens} tokens · ${each.split.replace("_", ", ")} · ${start}`));
   });
   find("sequence").append(...groups.values());
-  await load(0);
+  await load(Math.max(0, info.sequences.findIndex((each) => each.split === "test")));
 };
 
 report.ready.then(startJourneys).then(() => { document.documentElement.dataset.ready = "true"; });

@@ -1,5 +1,6 @@
 """`collect`: traces -> shards."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from expert_speculation.options import PATH, device_option, json_option, model_o
 @model_option
 @click.option("--quantization", type=click.Choice(["auto", "none", "int8", "nf4", "nf4-double"]), default="auto",
               help="Precision of the experts; auto quantises only what would not fit the GPU.")
-@click.option("--execution", type=click.Choice(["auto", "resident"]), default="auto",
+@click.option("--execution", type=click.Choice(["resident"]), default="resident",
               help="How layers are run; resident keeps the whole model in memory.")
 @click.option("--datasets", default="installed",
               help="Names, mixes (installed, default), files or NAME=PATH, separated by commas.")
@@ -48,10 +49,16 @@ def collect(
     columns = tuple(name for name in store.replace(" ", "").split(",") if name)
     settings = CollectSettings(store=columns, output_dir=output_dir, **options)
     if dry_run:
-        plan = plan_only(settings)
-        print_facts(plan)
-        write_results(json_file, plan)
-        return
-    result = run(settings)
-    print_facts(result.facts())
-    write_results(json_file, result.facts())
+        _print(plan_only(settings), json_file)
+    else:
+        _print(asdict(run(settings)), json_file)
+
+
+def _print(facts: dict[str, Any], json_file: Path | None) -> None:
+    write_results(json_file, facts)
+    for source in facts.pop("sources"):
+        skipped = "".join(f", {count} {reason}" for reason, count in sorted(source["skipped"].items()))
+        click.echo(f"{source['name']:<20} {source['available']:>6} of {source['requested']} traces{skipped}")
+    facts["padding_share"] = f"{facts['padding_share']:.1%}"
+    facts |= {f"model {name}": value for name, value in facts.pop("model", {}).items()}
+    print_facts(facts)

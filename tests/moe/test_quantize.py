@@ -47,6 +47,13 @@ def test_experts_are_quantised_and_routers_are_not(
     assert share_of_equal_experts(folder, mode, batch) > least_share
 
 
+@pytest.mark.parametrize(("family", "gate"), [("afmoe", "mlp.router.gate"), ("qwen2_moe", "mlp.shared_expert_gate")])
+def test_gates_that_are_linear_layers_stay_in_full_precision(save: Save, family: str, gate: str) -> None:
+    model: Any = load_model(str(save(family)), device="cpu", quantization="nf4").model
+    assert type(model.layers[1].get_submodule(gate)) is torch.nn.Linear
+    assert type(model.layers[1].self_attn.q_proj) is bitsandbytes.nn.Linear4bit
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_each_quantised_weight_is_the_checkpoints_own(save: Save, family: str) -> None:
     folder = save(family, **WIDE, moe_intermediate_size=128)

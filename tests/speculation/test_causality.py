@@ -27,7 +27,9 @@ def fitted(dataset: TraceDataset) -> dict[str, Predictor]:
 
 
 def hide(batch: RoutingBatch, sequence: int, last_step: int) -> RoutingBatch:
-    """The batch with everything random but the routing of one sequence up to `last_step` and the token ids up to its token."""
+    """The batch with everything random but the routing of one sequence up to `last_step` and the token ids up to its
+    token.
+    """
     generator = torch.Generator().manual_seed(last_step)
     tokens, layers, top_k = batch.expert_ids_TLK.shape
     start, stop = batch.offsets[sequence : sequence + 2].tolist()
@@ -42,7 +44,8 @@ def hide(batch: RoutingBatch, sequence: int, last_step: int) -> RoutingBatch:
         return None if kept is None else torch.where(seen, kept, noise(kept))
 
     other_ids = noise(torch.empty(tokens, layers, batch.num_experts)).argsort(dim=2)[:, :, :top_k]
-    assert batch.lookahead_logits_THLE is not None and batch.token_ids_T is not None
+    assert batch.lookahead_logits_THLE is not None
+    assert batch.token_ids_T is not None
     horizons = batch.lookahead_logits_THLE.shape[1]
     # A lookahead entry is known with its source layer's routing, h steps before its target.
     source_THL = step_TL[:, None, :] - torch.arange(1, horizons + 1)[None, :, None]
@@ -64,7 +67,8 @@ def leaks(predictor: Predictor, batch: RoutingBatch, horizon: int) -> tuple[bool
     start, stop = batch.offsets[1:3].tolist()
     before = predictor.predict_scores(batch, horizon)[start:stop].flatten(0, 1)
     leaked = reacted = False
-    for last_step in range(-1, (stop - start) * layers, 3):
+    # 7 and L = 4 have no common divisor: every layer is a last one.
+    for last_step in range(-1, (stop - start) * layers, 7):
         after = predictor.predict_scores(hide(batch, 1, last_step), horizon)[start:stop].flatten(0, 1)
         determined = last_step + horizon + 1
         leaked |= not torch.equal(before[:determined], after[:determined])
@@ -105,5 +109,7 @@ def test_sequences_packed_together_score_as_they_do_alone(
     name: str, fitted: dict[str, Predictor], batch: RoutingBatch, dataset: TraceDataset
 ) -> None:
     stream = dataset.sequences("all", columns=("weights", "logits", "lookahead", "tokens"))
-    alone = [fitted[name].predict_scores(RoutingBatch.from_sequences([next(stream)], dataset.spec), 2) for _ in range(3)]
+    alone = [
+        fitted[name].predict_scores(RoutingBatch.from_sequences([next(stream)], dataset.spec), 2) for _ in range(3)
+    ]
     torch.testing.assert_close(fitted[name].predict_scores(batch, 2), torch.cat(alone), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,76 @@
+"""Usage counts against a naive count, and the permutation test on data with and without an effect."""
+
+import numpy as np
+import pytest
+
+from analysis.usage import UsageCounts, information_bits
+from traces.reader import TraceDataset
+
+
+def counted(dataset: TraceDataset, labels: list[str] | None = None, permutations: int = 50) -> UsageCounts:
+    spec = dataset.spec
+    usage = UsageCounts(
+        spec.num_layers,
+        spec.num_experts,
+        labels or [info.dataset for info in dataset.index],
+        permutations=permutations,
+    )
+    for trace in dataset.sequences():
+        usage.add(trace)
+    return usage
+
+
+def test_counts_equal_a_naive_count(dataset: TraceDataset) -> None:
+    usage = counted(dataset)
+    naive = np.zeros_like(usage.counts_DLE)
+    for trace in dataset.sequences():
+        for token in trace.expert_ids_TLK:
+            for layer, experts in enumerate(token):
+                for expert in experts:
+                    naive[usage.datasets.index(trace.dataset), layer, expert] += 1
+    np.testing.assert_array_equal(usage.counts_DLE, naive)
+    assert usage.tokens_D.sum() == dataset.num_tokens
+    np.testing.assert_allclose(usage.share_LE().sum(axis=1), 1)
+
+
+def test_differences_weigh_every_data_set_alike_and_cancel_out(dataset: TraceDataset) -> None:
+    usage = counted(dataset)
+    np.testing.assert_allclose(usage.difference_DLE().sum(axis=0), 0, atol=1e-12)
+    favoured = [
+        usage.difference_DLE()[usage.datasets.index(name), :, d].min() for d, name in enumerate(dataset.datasets)
+    ]
+    assert min(favoured) > 0.05  # data set d of the fixture favours expert d
+
+
+def test_information_is_zero_when_independent_and_one_bit_when_one_of_two_is_determined() -> None:
+    assert information_bits(np.array([[10, 30], [20, 60]])) == pytest.approx(0)
+    assert information_bits(np.array([[50, 0], [0, 50]])) == pytest.approx(1)
+    assert information_bits(np.zeros((3, 2, 2), dtype=np.int64)).tolist() == [0, 0, 0]
+
+
+def test_information_exceeds_shuffled_labels_where_data_sets_differ(dataset: TraceDataset) -> None:
+    information = counted(dataset).mutual_information()
+    assert information is not None
+    assert (information.bits_L > information.shuffled_high_L).all()
+    assert information.p_value_L.tolist() == [1 / 51] * dataset.spec.num_layers
+
+
+def test_information_lies_within_shuffled_labels_where_there_is_no_effect(dataset: TraceDataset) -> None:
+    """Sequences of one data set only, split in two at random."""
+    spec = dataset.spec
+    traces = list(dataset.sequences(only=["code"]))
+    usage = UsageCounts(spec.num_layers, spec.num_experts, [("code", "tables")[i % 2] for i in range(len(traces))])
+    for number, trace in enumerate(traces):
+        object.__setattr__(trace, "dataset", ("code", "tables")[number % 2])
+        usage.add(trace)
+    information = usage.mutual_information()
+    assert information is not None
+    assert (information.p_value_L > 0.01).all()
+
+
+def test_one_data_set_gives_no_information_and_an_unannounced_one_is_refused(dataset: TraceDataset) -> None:
+    assert UsageCounts(3, 8, ["code"] * 9).mutual_information() is None
+    with pytest.raises(ValueError, match="was not announced"):
+        counted(dataset, ["only this"] * 60)
+    with pytest.raises(ValueError, match="more sequences"):
+        counted(dataset, dataset.datasets)
