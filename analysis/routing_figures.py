@@ -62,8 +62,9 @@ def usage_figure(share_LE: NDArray[np.float64]) -> Figure:
     busiest = np.unravel_index(int(share_LE.argmax()), share_LE.shape)
     sentence = (
         f"Colourless cells are used as often as uniform choice would use them ({100 * uniform:.3g} %), orange ones "
-        f"more, blue ones less; the busiest is expert {busiest[1]} of layer {busiest[0]} with {100 * share_LE.max():.1f} % "
-        f"of its layer's selections, and {unused if unused else 'not one'} of the {share_LE.size} is never chosen."
+        f"more, blue ones less; the busiest is expert {busiest[1]} of layer {busiest[0]} with "
+        f"{100 * share_LE.max():.1f} % of its layer's selections, and "
+        f"{unused if unused else 'not one'} of the {share_LE.size} is never chosen."
     )
     return Figure(
         key="usage",

@@ -22,7 +22,7 @@ const wait = setInterval(async () => {
   const pause = () => new Promise((go) => setTimeout(go, 60));
   const find = (id) => document.getElementById(id);
   const say = (name, value) => { document.documentElement.dataset[name] = value; };
-  const drawn = (place) => place.querySelector(".main-svg .plot *") !== null;
+  const drawn = (place) => place.querySelector(".heatmaplayer image, .scatterlayer .trace") !== null;
   say("figures", [...document.querySelectorAll("[data-figure]")].filter(drawn).length);
   for (const details of document.querySelectorAll("details")) details.open = true;
   await pause();
@@ -84,9 +84,8 @@ def test_every_control_works_without_an_error(
     page = tmp_path / "report.html"
     write_report(dataset, predictors, page, evaluation=evaluation, journeys=6)
     html = page.read_text("utf-8")
-    html = re.sub(
-        r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html
-    )  # it would rightly refuse the test's script
+    # the policy would rightly refuse the test's own script
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", html)
     page.write_text(html.replace("</body>", CLICK_THROUGH), "utf-8")
     found, _ = dumped(chromium, page, tmp_path / "profile")
     tip = found.pop("tip")

@@ -48,7 +48,7 @@ def test_the_folder_holds_a_predictor_with_counts_card_and_log_and_nothing_else(
     assert made["datasets"] == ["prose"]
     assert made["steps"] == 10
     assert made["library_versions"]["torch"] == torch.__version__
-    (line,) = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    *_, line = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     assert {"step", "epoch", "tokens", "seconds", "loss", "validation_recall", "learning_rate"} == set(line)
     card = (folder / "README.md").read_text()
     assert "`synthetic`" in card
@@ -72,8 +72,8 @@ class Mortal(InterLayer):
         return super().loss(logits, ids)
 
 Mortal.name = InterLayer.name
-train(TrainSettings(Path({run!r}), "interlayer", Path({folder!r}), max_steps=20, batch_size=8, device="cpu", checkpoint_seconds=0.0,
-                    options={options!r}))
+train(TrainSettings(Path({run!r}), "interlayer", Path({folder!r}), max_steps=20, batch_size=8, device="cpu",
+                    checkpoint_seconds=0.0, options={options!r}))
 """
 
 
@@ -107,7 +107,7 @@ def test_the_memory_budget_bounds_the_slice_and_leaves_the_step_as_it_is(dataset
         loop = LoopSettings(max_steps=4, memory_budget_gb=budget, weight_decay=0.0)
         state = fit_module(predictor, dataset, loop)
         weights.append((state.slice_tokens, predictor.state()["below_LXD"]))
-    assert weights[1][0] < 40 < weights[0][0]
+    assert weights[1][0] < 100 < weights[0][0]
     torch.testing.assert_close(weights[0][1], weights[1][1], atol=2e-4, rtol=1e-3)
     with pytest.raises(ConfigurationError, match="--memory_budget_gb 1e-05: too little"):
         create("interlayer").fit(dataset, max_steps=1, memory_budget_gb=1e-5)
