@@ -62,7 +62,7 @@ def difference_table(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
             **_per_cent(entry),
             "verdict": "better" if entry["low"] > 0 else "worse" if entry["high"] < 0 else "no difference shown",
         }
-        for entry in evaluation["differences"]
+        for entry in _once_per_pair(evaluation)
     ]
 
 
@@ -154,7 +154,7 @@ def budget_figure(evaluation: Mapping[str, Any]) -> Figure:
 
 def difference_figure(evaluation: Mapping[str, Any]) -> Figure:
     """Forest plot of the paired differences in recall at K, or in whatever single metric was compared."""
-    differences = list(evaluation["differences"])
+    differences = _once_per_pair(evaluation)
     wanted = f"recall@{evaluation['top_k']}"
     at_k = [entry for entry in differences if entry["metric"] == wanted] or differences
     names = [f"{label(entry['a'])} − {label(entry['b'])}" for entry in at_k]
@@ -183,11 +183,13 @@ def difference_figure(evaluation: Mapping[str, Any]) -> Figure:
     layout = line_layout("percentage points", "", height=80 + 34 * len(names)) | {"showlegend": False}
     layout["hovermode"] = "closest"
     layout["margin"]["l"] = 30
+    reach = (min(0.0, float(low.min())), max(0.0, float(high.max())))
+    margin = 0.04 * (reach[1] - reach[0]) or 1.0
     layout["xaxis"] |= {
+        "range": [reach[0] - margin, reach[1] + margin],
         "showgrid": True,
         "zeroline": True,
         "zerolinewidth": 1.5,
-        "rangemode": "tozero",
         "tickformat": "+.3~g",
     }
     layout["yaxis"] |= {"autorange": "reversed", "showgrid": False, "automargin": True, "type": "category"}
@@ -244,6 +246,17 @@ def _band(
     lower = line(name, layers, low, edge, width=0, group=name, silent=True) | {"fill": "tonexty", "fillcolor": light}
     lower["meta"] = {"dark": {"fillcolor": dark}}
     return [upper, lower]
+
+
+def _once_per_pair(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the differences without those that an earlier one states the other way round."""
+    seen: set[tuple[str, str, str]] = set()
+    kept = []
+    for entry in evaluation["differences"]:
+        if (entry["b"], entry["a"], entry["metric"]) not in seen:
+            kept.append(entry)
+        seen.add((entry["a"], entry["b"], entry["metric"]))
+    return kept
 
 
 def _metric(predictor: Mapping[str, Any], key: str, inner: str) -> Mapping[str, float] | None:

@@ -39,6 +39,7 @@ class Figure:
     columns: list[str]
     rows: list[list[Any]]
     max_width: int = 1080  # px
+    min_width: int = 0  # px; on a narrower page the figure scrolls
 
 
 def label(text: str) -> str:

@@ -53,7 +53,7 @@ def usage_figure(share_LE: NDArray[np.float64]) -> Figure:
         "hovertemplate": "layer %{y}, expert %{x}<br>%{customdata:.2f} % of selections<extra></extra>",
     }
     if num_experts <= 16:
-        trace["texttemplate"] = "%{customdata:.1f}"
+        trace |= {"text": rounded(100 * share_LE, 1), "texttemplate": "%{text}"}
     trace["colorbar"] = {
         "tickvals": list(steps),
         "ticktext": [f"{100 * uniform * 2.0**step:.3g} %" + (" uniform" if step == 0 else "") for step in steps],
@@ -141,6 +141,7 @@ def dataset_figure(difference_DLE: NDArray[np.float64], datasets: Sequence[str],
                 "xanchor": "left",
                 "yanchor": "bottom",
                 "showarrow": False,
+                "borderpad": 0,
                 "yshift": 3,
             }
         )
@@ -156,6 +157,7 @@ def dataset_figure(difference_DLE: NDArray[np.float64], datasets: Sequence[str],
     return Figure(
         key="datasets",
         title="Difference to the mean over data sets",
+        min_width=170 * columns,
         sentence=sentence,
         spec={"data": data, "layout": layout},
         columns=["data set", "layer", *(f"expert {expert}, pt" for expert in range(num_experts))],

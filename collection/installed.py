@@ -50,13 +50,7 @@ def _python_code() -> Iterator[Passage]:
 
 def _docstrings() -> Iterator[Passage]:
     """Documentation strings of the scientific libraries, those of a module together."""
-    for package, inside in (
-        ("numpy", "lib"),
-        ("scipy", "stats"),
-        ("scipy", "signal"),
-        ("sklearn", ""),
-        ("torch", "nn"),
-    ):
+    for package, inside in (("numpy", "lib"), ("scipy", "stats"), ("sklearn", "linear_model"), ("torch", "nn/modules")):
         root = _package_folder(package)
         for path in sorted((root / inside).rglob("*.py")):
             if "tests" in path.parts:

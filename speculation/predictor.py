@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -193,6 +193,21 @@ def load_predictor(folder: Path | str) -> Predictor:
         raise ConfigurationError(f"{path}: damaged predictor folder ({error}); train the predictor again") from error
     predictor.folder_ = path
     return predictor
+
+
+def load_predictors(folders: Iterable[Path | str]) -> dict[str, Predictor]:
+    """The predictors of several folders by name; a second one of a name is called `name@folder`, as in evaluation JSON.
+
+    Raises ConfigurationError as `load_predictor` does, and where two such folders have the same name.
+    """
+    found: dict[str, Predictor] = {}
+    for folder in folders:
+        predictor = load_predictor(folder)
+        key = predictor.name if predictor.name not in found else f"{predictor.name}@{Path(folder).resolve().name}"
+        if key in found:
+            raise ConfigurationError(f"--predictor_dir {folder}: '{key}' was given before; rename one of the folders")
+        found[key] = predictor
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
