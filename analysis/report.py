@@ -28,12 +28,15 @@ from analysis.tokens import readable
 from analysis.transitions import TransitionCounts, conditional
 from analysis.usage import UsageCounts
 from groundwork import atomic
+from groundwork.errors import ConfigurationError
 from groundwork.progress import Progress, progress
 from groundwork.provenance import library_versions
 from speculation.predictor import Predictor
 from traces.reader import TraceDataset
+from traces.schema import TraceSpec
 
 FORMAT_VERSION = 1
+EVALUATION_VERSION = 1  # of the evaluation JSON that can be shown
 MAX_TRANSITIONS = 2_000_000  # probabilities in one file; layers are thinned out evenly beyond
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -51,13 +54,19 @@ def write_report(
 
     `predictors` are asked for their guesses in `journeys` sequences; `evaluation` is the evaluation JSON, and where it
     is None the accuracy section says how to get one. Raises ConfigurationError when the folder is no trace or lacks a
-    column that a predictor requires.
+    column that a predictor requires, when the evaluation is none or one of another model, or `output` is a folder.
     """
+    if output.is_dir():
+        raise ConfigurationError(
+            f"{output}: is a folder, wanted a file to write; name one, such as {output / 'report.html'}"
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
     dataset = shard_dir if isinstance(shard_dir, TraceDataset) else TraceDataset(shard_dir)
     for name, predictor in predictors.items():
         predictor.check_columns(dataset, name)
         predictor.check_shape(dataset, name)
     spec = dataset.spec
+    accuracy, scores, differences = _accuracy(evaluation, spec)
     usage = UsageCounts(spec.num_layers, spec.num_experts, [info.dataset for info in dataset.index], seed=seed)
     transitions = TransitionCounts(spec.num_layers, spec.num_experts)
     quality = QualityCounts()
@@ -74,7 +83,6 @@ def write_report(
 
     run = _describe(dataset, usage, quality)
     routing = routing_figures.make(usage, transitions)
-    accuracy = accuracy_figures.make(evaluation) if evaluation is not None else []
     tokens_shown = _shown_layers(spec.num_layers, spec.num_experts)
     layers_shown = [layer for layer in tokens_shown if layer + 1 < spec.num_layers]
     scale = weight_scale(travelled)
@@ -108,8 +116,8 @@ def write_report(
         figures={figure.key: figure for figure in (*routing, *accuracy)},
         headline=_headline(routing, evaluation),
         evaluation=evaluation,
-        scores=accuracy_figures.score_table(evaluation) if evaluation is not None else None,
-        differences=accuracy_figures.difference_table(evaluation) if evaluation is not None else [],
+        scores=scores,
+        differences=differences,
         predictor_names=list(predictors),
         num_journeys=len(travelled),
     )
@@ -181,6 +189,33 @@ def _describe(dataset: TraceDataset, usage: UsageCounts, quality: QualityCounts)
         | {"unused_experts": int((share_LE == 0).sum()), "available": sorted(dataset.available)},
         "report_versions": library_versions(),
     }
+
+
+def _accuracy(
+    evaluation: Mapping[str, Any] | None, spec: TraceSpec
+) -> tuple[list[Figure], dict[str, Any] | None, list[dict[str, Any]]]:
+    """Return the figures and the two tables of an evaluation, which may come from a file that anyone wrote."""
+    if evaluation is None:
+        return [], None, []
+    try:
+        for name, wanted in (
+            ("format_version", EVALUATION_VERSION),
+            *((name, getattr(spec, name)) for name in ("num_layers", "num_experts", "top_k")),
+        ):
+            if evaluation[name] != wanted:
+                raise ConfigurationError(
+                    f"the evaluation has {name} {evaluation[name]!r}, but {wanted} is needed here; "
+                    "evaluate on traces of the same model"
+                )
+        return (
+            accuracy_figures.make(evaluation),
+            accuracy_figures.score_table(evaluation),
+            accuracy_figures.difference_table(evaluation),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ConfigurationError(
+            f"the evaluation is not what 'expert-speculation evaluate --json' writes ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _headline(routing: Sequence[Figure], evaluation: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Is the embedded mini-Mixtral a trained model with healthy routing? Prints the figures of its model card.
 
-    .venv/bin/python benchmarks/mini_mixtral.py --model models/mini-mixtral --text FOLDER [--text FOLDER ...] [--json FILE]
+    .venv/bin/python benchmarks/mini_mixtral.py --model models/mini-mixtral --text FOLDER [--text FOLDER ...]
 
-On the documents that `pretrain` held out, source by source: loss per token beside an interpolated trigram model's, which
-was fitted with the same tokenizer on the same training text. Over the mix (equally many documents a source): each
+On the documents that `pretrain` held out, source by source: loss per token beside an interpolated trigram model's,
+which was fitted with the same tokenizer on the same training text. Over the mix (equally many documents a source): each
 expert's share of its layer's selections, and the mutual information between source and expert beside that of labels
 shuffled over documents.
 """
@@ -97,7 +97,12 @@ def _routing(loaded: Any, held_out: dict[str, list[Any]]) -> dict[str, Any]:
     return {
         "documents": len(labels),
         "layers": [
-            {"smallest": float(share.min()), "largest": float(share.max()), "bits": float(bits), "shuffled_high": float(high)}
+            {
+                "smallest": float(share.min()),
+                "largest": float(share.max()),
+                "bits": float(bits),
+                "shuffled_high": float(high),
+            }
             for share, bits, high in zip(share_LE, information.bits_L, information.shuffled_high_L, strict=True)
         ],
     }  # fmt: skip

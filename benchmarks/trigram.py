@@ -53,7 +53,6 @@ class _Order:
         self.totals = np.add.reduceat(counts, first)
         self.types = np.diff(np.append(first, len(keys)))
 
-
     def interpolate(self, keys: NDArray[np.int64], lower: NDArray[np.float64]) -> NDArray[np.float64]:
         """Discounted relative frequency plus the mass set free, spread as the lower order says."""
         count = _look_up(self.keys, self.counts, keys)

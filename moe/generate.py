@@ -1,5 +1,7 @@
 """Sampling text from a causal language model, to see what a mini-Mixtral has learned."""
 
+from typing import Any
+
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,10 +25,13 @@ def generate(
     target = choose_device(device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-        language_model = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(target).eval()
+        language_model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"--model {model}: no language model could be loaded ({reason}); check the path") from None
+        raise ConfigurationError(
+            f"--model {model}: no language model could be loaded ({reason}); check the path"
+        ) from None
+    language_model.to(target).eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(target)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)

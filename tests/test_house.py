@@ -39,21 +39,30 @@ def test_a_package_imports_only_from_lower_floors(package):
 def test_every_package_is_listed_in_pyproject_with_its_types():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     present = {
-        ".".join(path.parent.relative_to(ROOT).parts) for package in MAY_IMPORT for path in (ROOT / package).rglob("__init__.py")
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in MAY_IMPORT
+        for path in (ROOT / package).rglob("__init__.py")
     }
     assert set(listed) == present
     assert all((ROOT / package / "py.typed").exists() for package in MAY_IMPORT)
 
 
 def test_nothing_is_pickled_and_no_remote_code_is_trusted():
-    forbidden = re.compile(r"\bimport pickle\b|(?<!safetensors\.)torch\.(save|load)\(|trust_remote_code\s*=\s*True|joblib\.dump")
+    forbidden = re.compile(
+        r"\bimport pickle\b|(?<!safetensors\.)torch\.(save|load)\(|trust_remote_code\s*=\s*True|joblib\.dump"
+    )
     for package in MAY_IMPORT:
         for path in (ROOT / package).rglob("*.py"):
             assert not forbidden.search(path.read_text()), path.relative_to(ROOT)
 
 
 def test_every_requirement_is_pinned_in_the_constraints():
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split("\n")}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().split("\n")
+    }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(item for extra in project["optional-dependencies"].values() for item in extra)]
+    wanted = [
+        *project["dependencies"],
+        *(item for extra in project["optional-dependencies"].values() for item in extra),
+    ]
     assert {re.match(r"[\w-]+", item)[0].lower().replace("_", "-") for item in wanted} <= pinned

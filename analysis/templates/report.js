@@ -142,7 +142,10 @@ window.addEventListener("afterprint", () => { report.printing = false; report.re
 const links = [...document.querySelectorAll("nav.contents a")];
 const markSection = () => {
   const above = links.filter((link) => document.querySelector(link.getAttribute("href")).getBoundingClientRect().top < window.innerHeight * 0.35);
-  for (const link of links) link.toggleAttribute("aria-current", link === above.at(-1));
+  for (const link of links) {
+    if (link === above.at(-1)) link.setAttribute("aria-current", "true");
+    else link.removeAttribute("aria-current");
+  }
 };
 window.addEventListener("scroll", markSection, { passive: true });
 

@@ -6,18 +6,39 @@ from typing import Any
 
 import click
 
-from expert_speculation.options import PATH, device_option, json_option, model_option, print_facts, seed_option, write_results
+from expert_speculation.options import (
+    PATH,
+    device_option,
+    json_option,
+    model_option,
+    print_facts,
+    seed_option,
+    write_results,
+)
 
 
 @click.command()
 @model_option
-@click.option("--quantization", type=click.Choice(["auto", "none", "int8", "nf4", "nf4-double"]), default="auto",
-              help="Precision of the experts; auto quantises only what would not fit the GPU.")
-@click.option("--execution", type=click.Choice(["resident"]), default="resident",
-              help="How layers are run; resident keeps the whole model in memory.")
-@click.option("--datasets", default="installed",
-              help="Names, mixes (installed, default), files or NAME=PATH, separated by commas.")
-@click.option("--dataset_root", type=PATH, help="Read registered data sets from NAME.jsonl, .parquet, .csv or .txt there.")
+@click.option(
+    "--quantization",
+    type=click.Choice(["auto", "none", "int8", "nf4", "nf4-double"]),
+    default="auto",
+    help="Precision of the experts; auto quantises only what would not fit the GPU.",
+)
+@click.option(
+    "--execution",
+    type=click.Choice(["resident"]),
+    default="resident",
+    help="How layers are run; resident keeps the whole model in memory.",
+)
+@click.option(
+    "--datasets",
+    default="installed",
+    help="Names, mixes (installed, default), files or NAME=PATH, separated by commas.",
+)
+@click.option(
+    "--dataset_root", type=PATH, help="Read registered data sets from NAME.jsonl, .parquet, .csv or .txt there."
+)
 @click.option("--target_traces", type=int, default=1500, help="Sequences to trace, balanced over the data sets.")
 @click.option("--max_length", type=int, default=512, help="Tokens at which a sequence is cut.")
 @click.option("--min_tokens", type=int, default=8, help="Shorter texts are skipped and counted.")
@@ -31,7 +52,9 @@ from expert_speculation.options import PATH, device_option, json_option, model_o
 @click.option("--output_dir", type=PATH, help="Run folder; routing_data/<model>[_<suffix>] when not given.")
 @click.option("--output_suffix", help="Appended to the default run folder's name.")
 @click.option("--store", default="weights", help="Columns beside the expert ids: weights,logits,lookahead.")
-@click.option("--lookahead", type=int, default=0, help="Horizons of stored lookahead logits; with --store lookahead at least 1.")
+@click.option(
+    "--lookahead", type=int, default=0, help="Horizons of stored lookahead logits; with --store lookahead at least 1."
+)
 @seed_option
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--dry_run", is_flag=True, help="Print what would be done, and stop.")
@@ -39,7 +62,13 @@ from expert_speculation.options import PATH, device_option, json_option, model_o
 @click.option("--shard_data", is_flag=True, hidden=True, help="Accepted; shards are always written.")
 @json_option
 def collect(
-    store: str, output_dir: Path | None, dry_run: bool, json_file: Path | None, engine: str, shard_data: bool, **options: Any
+    store: str,
+    output_dir: Path | None,
+    dry_run: bool,
+    json_file: Path | None,
+    engine: str,
+    shard_data: bool,
+    **options: Any,
 ) -> None:
     """Trace what a model's routers choose over mixed texts, into Parquet shards."""
     from collection.collector import CollectSettings

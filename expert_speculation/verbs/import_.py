@@ -9,8 +9,13 @@ from expert_speculation.options import PATH
 
 @click.command("import")
 @click.argument("paths", type=PATH, nargs=-1, required=True)
-@click.option("--format", "record_format", type=click.Choice(["requests"]), required=True,
-              help="requests: one JSON object per line with shape, tokens, routed_experts; plain or gzip.")
+@click.option(
+    "--format",
+    "record_format",
+    type=click.Choice(["requests"]),
+    required=True,
+    help="requests: one JSON object per line with shape, tokens, routed_experts; plain or gzip.",
+)
 @click.option("--num_experts", type=int, required=True, help="Experts per layer (E).")
 @click.option("--model_name", required=True, help="Name of the traced model.")
 @click.option("--output_dir", type=PATH, required=True, help="Run folder to write.")

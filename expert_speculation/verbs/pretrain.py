@@ -10,14 +10,22 @@ from expert_speculation.options import PATH, device_option, json_option, print_f
 
 @click.command()
 @click.option("--size", default="demo", help="tiny, demo or 172m.")
-@click.option("--text", type=PATH, multiple=True, help="A .jsonl or .txt file, or a folder of them; repeat for several.")
+@click.option(
+    "--text", type=PATH, multiple=True, help="A .jsonl or .txt file, or a folder of them; repeat for several."
+)
 @click.option("--output_dir", type=PATH, help="Model folder to write.")
-@click.option("--steps", type=int, help="Optimizer steps; the size's own when not given.")
-@click.option("--batch_size", type=int, help="Sequences per optimizer step; the size's own when not given.")
-@click.option("--micro_batch", type=int, default=16, help="Sequences that go through the model at once.")
+@click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps; the size's own when not given.")
+@click.option(
+    "--batch_size", type=click.IntRange(min=1), help="Sequences per optimizer step; the size's own when not given."
+)
+@click.option(
+    "--micro_batch", type=click.IntRange(min=1), default=16, help="Sequences that go through the model at once."
+)
 @click.option("--learning_rate", type=float, help="Peak learning rate; the size's own when not given.")
 @click.option("--checkpoint_minutes", type=float, default=5.0, help="Time between checkpoints.")
-@click.option("--stop_after", type=click.IntRange(min=1), help="Stop with a checkpoint after so many steps of this call.")
+@click.option(
+    "--stop_after", type=click.IntRange(min=1), help="Stop with a checkpoint after so many steps of this call."
+)
 @device_option
 @seed_option
 @click.option("--resume", is_flag=True, help="Continue an interrupted training.")
@@ -42,5 +50,7 @@ def pretrain(
     from moe.training.pretrain import pretrain as run
 
     record = run(PretrainSettings(size=size, text=text, output_dir=output_dir, **options))
-    print_facts({f"held-out loss, {name}": f"{loss:.3f} nats per token" for name, loss in record["held_out_loss"].items()})
+    print_facts(
+        {f"held-out loss, {name}": f"{loss:.3f} nats per token" for name, loss in record["held_out_loss"].items()}
+    )
     write_results(json_file, record)

@@ -18,7 +18,9 @@ from expert_speculation.options import (
 @click.command()
 @shard_dir_option
 @predictor_dirs_option
-@click.option("--evaluation", "evaluation_file", type=PATH, help="What `evaluate --json` wrote; made anew when not given.")
+@click.option(
+    "--evaluation", "evaluation_file", type=PATH, help="What `evaluate --json` wrote; made anew when not given."
+)
 @click.option("--output", type=PATH, required=True, help="HTML file to write.")
 @click.option("--journeys", type=int, default=24, help="Sequences whose tokens can be followed.")
 @seed_option

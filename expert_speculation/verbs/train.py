@@ -14,9 +14,13 @@ from expert_speculation.options import PATH, device_option, seed_option, shard_d
 @click.option("--batch_size", type=int, help="Sequences per micro-batch; the predictor's own when not given.")
 @click.option("--gradient_accumulation_steps", type=int, default=1, help="Micro-batches per optimizer step.")
 @device_option
-@click.option("--memory_budget_gb", type=float, default=24.0, help="Memory that training may take, host and device each.")
+@click.option(
+    "--memory_budget_gb", type=float, default=24.0, help="Memory that training may take, host and device each."
+)
 @click.option("--epochs", type=int, help="Passes over the train split.")
-@click.option("--max_minutes", type=float, help="Time limit; the learning rate falls towards whichever limit ends first.")
+@click.option(
+    "--max_minutes", type=float, help="Time limit; the learning rate falls towards whichever limit ends first."
+)
 @click.option("--max_steps", type=int, help="Limit of optimizer steps.")
 @click.option("--hold_out_dataset", multiple=True, help="Leave this data set out of training; repeat for several.")
 @seed_option

@@ -60,9 +60,7 @@ def token_stream(documents: list[str], tokenizer: PreTrainedTokenizerFast) -> li
     return [np.asarray([*ids, end], dtype=np.int32) for ids in encoded]
 
 
-def training_rows(
-    documents: list[npt.NDArray[np.int32]], length: int, seed: int, epoch: int
-) -> npt.NDArray[np.int32]:
+def training_rows(documents: list[npt.NDArray[np.int32]], length: int, seed: int, epoch: int) -> npt.NDArray[np.int32]:
     """Concatenate the documents in this epoch's order and cut them into rows; returns int32 [rows, length + 1].
 
     Consecutive rows share one token, so that every token but the stream's first is predicted once.

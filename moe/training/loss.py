@@ -1,4 +1,4 @@
-"""What the mini-Mixtral is trained on: next-token cross-entropy, balanced experts in every layer, tame router logits."""
+"""What a mini-Mixtral is trained on: next-token cross-entropy, balanced experts in every layer, tame router logits."""
 
 from typing import NamedTuple
 

@@ -1,11 +1,10 @@
 """Muon for the weight matrices and AdamW for the rest, with a schedule of warm-up, plateau and linear decay.
 
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises each matrix's update. `torch.optim.Muon`
-takes matrices only, whereas transformers keeps the experts of a layer in one 3-D parameter, and fuses gate and up
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises each matrix's update.
+`torch.optim.Muon` takes matrices only, whereas transformers keeps the experts of a layer in one 3-D parameter, and fuses gate and up
 projections; so it is given 2-D views of their storage, one for each matrix that the architecture means.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon
 
@@ -36,7 +35,9 @@ class MixtralOptimizer:
                 self._views += [(parameter, nn.Parameter(parameter.data[at]), at) for at in _matrices(name, parameter)]
             else:
                 others.append(parameter)
-        self.muon = Muon([view for _, view, _ in self._views], lr=1.0, adjust_lr_fn="match_rms_adamw", weight_decay=0.05)
+        self.muon = Muon(
+            [view for _, view, _ in self._views], lr=1.0, adjust_lr_fn="match_rms_adamw", weight_decay=0.05
+        )
         self.adam = AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step(self, number: int) -> float:

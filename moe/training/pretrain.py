@@ -1,7 +1,7 @@
 """Train a mini-Mixtral from text files: tokenizer, model, validation, checkpoints, exact resume.
 
-Resuming is exact because every step is a function of the checkpoint alone: the order of the data comes from the seed and
-the epoch, the model has no dropout, and float32 master weights and both optimizers' states are kept.
+Resuming is exact because every step is a function of the checkpoint alone: the order of the data comes from the seed
+and the epoch, the model has no dropout, and float32 master weights and both optimizers' states are kept.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
 from groundwork.errors import ConfigurationError, IncompleteError
 from groundwork.hardware import choose_device, describe_device
-from groundwork.progress import log, progress
+from groundwork.progress import Progress, log, progress
 from groundwork.provenance import library_versions
 from moe.mini import MiniSize, mixtral_config, size
 from moe.training import corpus as corpus_files
@@ -65,8 +65,7 @@ class PretrainSettings:
 def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     """Train, and write a checkpoint in transformers' layout: bf16 safetensors, config, tokenizer, `training.json`.
 
-    Returns the content of `training.json`: settings, figures over the run, held-out loss by source in nats per token and
-    per byte.
+    Returns the content of `training.json`: settings, figures over the run, held-out loss by source in nats per token.
 
     Raises:
         ConfigurationError: unusable text, an output folder with other content, or a resume that does not fit.
@@ -82,13 +81,16 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     tokens = sum(map(len, documents))
     if tokens <= shape.sequence_length:
         raise ConfigurationError(
-            f"--text: {tokens} tokens are fewer than one row of {shape.sequence_length} for --size {settings.size}; give more"
+            f"--text: {tokens} tokens are fewer than one row of {shape.sequence_length} for --size {settings.size}; "
+            "give more text"
         )
     held_out = {name: token_stream(texts, tokenizer) for name, texts in corpus.held_out.items()}
-    log(f"tokens: {tokens / 1e6:.2f} M for training, {steps * batch_size * shape.sequence_length / 1e6:.1f} M will be seen")
+    seen = steps * batch_size * shape.sequence_length
+    log(f"tokens: {tokens / 1e6:.2f} M for training, {seen / 1e6:.1f} M will be seen")
 
     torch.manual_seed(settings.seed)
-    model = MixtralForCausalLM(mixtral_config(shape)).to(device)
+    model: Any = MixtralForCausalLM(mixtral_config(shape))
+    model.to(device)
     optimizer = MixtralOptimizer(model, learning_rate, steps)
     run = _Run(settings, shape, steps, batch_size, model, optimizer, tokenizer, fingerprint(documents))
     if previous is not None:
@@ -155,7 +157,8 @@ class _Run:
         rows_per_epoch = (sum(map(len, documents)) - 1) // self.shape.sequence_length
         saved = time.monotonic()
         last = self.steps if self.settings.stop_after is None else self.done + self.settings.stop_after
-        with progress(total=self.steps, description="pretrain", unit="step") as bar:
+        bar: Progress[None] = progress(total=self.steps, description="pretrain", unit="step")
+        with bar:
             bar.update(self.done)
             while self.done < self.steps:
                 started = time.monotonic()
@@ -182,8 +185,8 @@ class _Run:
                 if self.done == last < self.steps:
                     self.save()
                     raise IncompleteError(
-                        f"{self.settings.output_dir}: stopped after step {self.done} of {self.steps}, as --stop_after asked; "
-                        "continue with --resume"
+                        f"{self.settings.output_dir}: stopped after step {self.done} of {self.steps}, "
+                        "as --stop_after asked; continue with --resume"
                     )
 
     def _step(self, rows: Tensor) -> float:
@@ -223,10 +226,15 @@ class _Run:
     def finish(self, corpus: Corpus, held_out: dict[str, list[Any]], tokens: int) -> dict[str, Any]:
         output = self.settings.output_dir
         losses = self.losses_by_source(held_out, None)
-        self.model.to(torch.bfloat16).save_pretrained(output)
+        half: Any = self.model
+        half.to(torch.bfloat16).save_pretrained(output)
         self.tokenizer.save_pretrained(output)
         record = {
-            "settings": {**asdict(self.settings), "text": [path.name for path in self.settings.text], "output_dir": output.name},
+            "settings": {
+                **asdict(self.settings),
+                "text": [path.name for path in self.settings.text],
+                "output_dir": output.name,
+            },
             "identity": self.identity,
             "device": describe_device(self.model.device),
             "seconds": round(self.seconds, 1),
@@ -257,7 +265,9 @@ def _previous(settings: PretrainSettings) -> Checkpoint | None:
         output.mkdir(parents=True, exist_ok=True)
         return None
     if not settings.resume:
-        raise ConfigurationError(f"--output_dir {output}: holds files already; continue with --resume or name another folder")
+        raise ConfigurationError(
+            f"--output_dir {output}: holds files already; continue with --resume or name another folder"
+        )
     previous = load_checkpoint(output)
     if previous is None and (output / "training.json").exists():
         raise ConfigurationError(f"--output_dir {output}: this training is finished; name another folder for a new one")
@@ -268,7 +278,8 @@ def _tokenizer(settings: PretrainSettings, corpus: Corpus, shape: MiniSize) -> P
     """The tokenizer of an interrupted run, or a freshly trained one, saved before the first step."""
     saved = settings.output_dir / "tokenizer.json"
     if saved.exists():
-        return PreTrainedTokenizerFast.from_pretrained(settings.output_dir)
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(settings.output_dir)
+        return tokenizer
     texts = (text for source in corpus.train.values() for text in source)
     tokenizer = train_tokenizer(texts, shape.vocabulary)
     tokenizer.save_pretrained(settings.output_dir)

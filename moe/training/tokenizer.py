@@ -1,4 +1,4 @@
-"""The mini-Mixtral's own tokenizer: byte-level BPE, so that any text is representable, with Mixtral's special tokens."""
+"""A mini-Mixtral's own tokenizer: byte-level BPE, so that any text is representable, with Mixtral's special tokens."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Fit a byte-level BPE tokenizer that puts `<s>` before each text and splits numbers into digits, as Mixtral's does.
+    """Fit a byte-level BPE tokenizer that, as Mixtral's, puts `<s>` before each text and splits numbers into digits.
 
     Args:
         texts: training texts only.
@@ -31,5 +31,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )

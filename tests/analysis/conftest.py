@@ -82,7 +82,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
             num_experts=experts,
             top_k=top_k,
             moe_layers=tuple(range(1, layers + 1)),
-            expert_order=order,  # type: ignore[arg-type]
+            expert_order=order,
             weights_normalized=True if "weights" in store else None,
             quantization="none",
             model_dtype="float32",

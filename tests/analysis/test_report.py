@@ -14,6 +14,7 @@ import pytest
 
 from analysis.report import embedded_json, write_report
 from analysis.tokens import readable
+from groundwork.errors import ConfigurationError
 from speculation.predictor import Predictor
 from traces.reader import TraceDataset
 
@@ -136,6 +137,22 @@ def test_small_and_wide_models_without_predictors_say_what_to_run(make_run: Any,
     assert "expert-speculation train --shard_dir" in html
     assert len(numbers["journeys"]) == shape["sequences"]
     assert ("information" in numbers["figures"]) == ("datasets" not in shape)
+
+
+def test_what_is_no_evaluation_or_one_of_another_model_is_refused_in_one_sentence(
+    dataset: TraceDataset, evaluation: dict[str, Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "new" / "report.html"
+    for wrong, message in (
+        (evaluation | {"num_experts": 64}, "num_experts 64, but 8 is needed"),
+        (evaluation | {"predictors": {"mine": {}}}, "not what 'expert-speculation evaluate --json' writes"),
+        (["no", "mapping"], "not what 'expert-speculation evaluate --json' writes"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            write_report(dataset, {}, output, evaluation=wrong)  # type: ignore[arg-type]
+    assert not output.exists()
+    with pytest.raises(ConfigurationError, match="is a folder"):
+        write_report(dataset, {}, tmp_path)
 
 
 def test_the_same_run_gives_the_same_file_but_for_the_time(dataset: TraceDataset, tmp_path: Path) -> None:

@@ -12,7 +12,25 @@ from expert_speculation.command import main
 from moe.mini import mixtral_config, size
 from moe.training.tokenizer import train_tokenizer
 
-WORDS = "the router sends each token to two of eight experts and adds what they return by weight".split()
+WORDS = [
+    "the",
+    "router",
+    "sends",
+    "each",
+    "token",
+    "to",
+    "two",
+    "of",
+    "eight",
+    "experts",
+    "and",
+    "adds",
+    "what",
+    "they",
+    "return",
+    "by",
+    "weight",
+]
 
 
 def run_command(*arguments) -> int:

@@ -66,7 +66,9 @@ def test_predictors_are_trained_evaluated_and_reported(run_dir, command, tmp_pat
     assert not re.search(r"""<script[^>]+src=|(?:src|href)=["']?(?:https?:)?//""", markup)
 
 
-def test_a_source_that_falls_short_exits_3_with_counts_and_keeps_what_there_was(model_dir, texts, command, tmp_path, capsys):
+def test_a_source_that_falls_short_exits_3_with_counts_and_keeps_what_there_was(
+    model_dir, texts, command, tmp_path, capsys
+):
     arguments = ("--datasets", f"prose={texts / 'prose.jsonl'}", "--target_traces", 500, "--max_length", 40)
     assert command("collect", "--model", model_dir, *arguments, "--output_dir", tmp_path / "run") == 3
     assert "prose gave 120 of 500 from 120 rows" in capsys.readouterr().err

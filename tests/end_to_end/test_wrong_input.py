@@ -12,7 +12,12 @@ def dense_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dense")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     train_tokenizer(["some text"], 300).save_pretrained(folder)
@@ -20,7 +25,14 @@ def dense_model(tmp_path_factory):
 
 
 def _collect(model_dir, texts, tmp_path, **changes):
-    given = {"model": model_dir, "datasets": texts / "prose.jsonl", "target_traces": 4, "max_length": 64, "output_dir": tmp_path / "run", **changes}
+    given = {
+        "model": model_dir,
+        "datasets": texts / "prose.jsonl",
+        "target_traces": 4,
+        "max_length": 64,
+        "output_dir": tmp_path / "run",
+        **changes,
+    }
     return "collect", *(word for name, value in given.items() for word in (f"--{name}", value))
 
 
@@ -51,7 +63,11 @@ def test_collect_refuses(changes, message, model_dir, texts, tmp_path, command, 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("empty.txt", b"", "empty.txt"), ("latin.txt", "gr\u00fc\u00df".encode("latin-1"), "UTF-8"), ("a.jsonl", b"{}\n", "a.jsonl")],
+    [
+        ("empty.txt", b"", "empty.txt"),
+        ("latin.txt", "gr\u00fc\u00df".encode("latin-1"), "UTF-8"),
+        ("a.jsonl", b"{}\n", "a.jsonl"),
+    ],
 )
 def test_collect_refuses_a_text_file_that_is(name, content, message, model_dir, texts, tmp_path, command, capsys):
     (tmp_path / name).write_bytes(content)

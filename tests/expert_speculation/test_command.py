@@ -32,7 +32,9 @@ def test_the_cli_reference_is_what_the_commands_say():
     assert (ROOT / "docs" / "CLI.md").read_text() == render(), "run 'make docs'"
 
 
-@pytest.mark.parametrize("verb", ["collect", "train", "evaluate", "report", "verify", "info", "import", "pretrain", "demo"])
+@pytest.mark.parametrize(
+    "verb", ["collect", "train", "evaluate", "report", "verify", "info", "import", "pretrain", "demo"]
+)
 def test_the_readme_shows_every_verb(verb):
     assert f"expert-speculation {verb}" in (ROOT / "README.md").read_text()
 
@@ -44,7 +46,9 @@ def test_an_unknown_verb_exits_2_and_lists_the_known_ones(capsys):
 
 
 def test_hyphens_and_underscores_spell_the_same_option(tmp_path, capsys):
-    outcomes = [_run("evaluate", option, str(tmp_path / "none"), capsys=capsys) for option in ("--shard_dir", "--shard-dir")]
+    outcomes = [
+        _run("evaluate", option, str(tmp_path / "none"), capsys=capsys) for option in ("--shard_dir", "--shard-dir")
+    ]
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][0] == 2
     assert str(tmp_path / "none") in outcomes[0][2]

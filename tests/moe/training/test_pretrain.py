@@ -9,7 +9,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from groundwork.errors import ConfigurationError, IncompleteError
 from moe.training.pretrain import PretrainSettings, pretrain
 
-WORDS = "the router sends each token to two experts of eight and their outputs are added by weight".split()
+WORDS = [
+    "the",
+    "router",
+    "sends",
+    "each",
+    "token",
+    "to",
+    "two",
+    "experts",
+    "of",
+    "eight",
+    "and",
+    "their",
+    "outputs",
+    "are",
+    "added",
+    "by",
+    "weight",
+]
 
 
 @pytest.fixture(scope="module")
