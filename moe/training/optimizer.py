@@ -1,8 +1,9 @@
 """Muon for the weight matrices and AdamW for the rest, with a schedule of warm-up, plateau and linear decay.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalises each matrix's update.
-`torch.optim.Muon` takes matrices only, whereas transformers keeps the experts of a layer in one 3-D parameter, and fuses gate and up
-projections; so it is given 2-D views of their storage, one for each matrix that the architecture means.
+`torch.optim.Muon` takes matrices only, whereas transformers keeps the experts of a layer in one 3-D parameter, and
+fuses gate and up projections; so it is given 2-D views of their storage, one for each matrix that the architecture
+means.
 """
 
 from torch import Tensor, nn
