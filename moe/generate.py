@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from groundwork.errors import ConfigurationError
 from groundwork.hardware import choose_device
+from moe.source import find_source, read_tokenizer, refusing
 
 
 def generate(
@@ -23,14 +23,12 @@ def generate(
         ConfigurationError: there is no language model.
     """
     target = choose_device(device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        language_model: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigurationError(
-            f"--model {model}: no language model could be loaded ({reason}); check the path"
-        ) from None
+    source = find_source(model, weights=True)
+    tokenizer = read_tokenizer(source)
+    with refusing(source, "language model"):
+        language_model: Any = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     language_model.to(target).eval()
     inputs = tokenizer(prompt, return_tensors="pt").to(target)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature > 0 else {"do_sample": False}

@@ -85,11 +85,9 @@ def read_tokenizer(source: Source) -> Any:
 @contextmanager
 def refusing(source: Source, part: str) -> Iterator[None]:
     """Turn whatever transformers says of unusable files into one sentence, and keep its own reports quiet."""
-    verbosity, bars = _transformers_logging.get_verbosity(), _transformers_logging.is_progress_bar_enabled()
-    _transformers_logging.set_verbosity_error()
-    _transformers_logging.disable_progress_bar()
     try:
-        yield
+        with quiet():
+            yield
     except ConfigurationError:
         raise
     except torch.OutOfMemoryError as error:
@@ -104,6 +102,16 @@ def refusing(source: Source, part: str) -> Iterator[None]:
             f"{source.folder}: its {part} can not be used ({type(error).__name__}: {reason}); "
             "copy or download the model again"
         ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own bars and reports from stderr, which is ours."""
+    verbosity, bars = _transformers_logging.get_verbosity(), _transformers_logging.is_progress_bar_enabled()
+    _transformers_logging.set_verbosity_error()
+    _transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         _transformers_logging.set_verbosity(verbosity)
         if bars:

@@ -6,7 +6,7 @@ Uses traces; knows nothing of the traced models. Importing it registers every pr
 from speculation import counted, interlayer, lookahead
 from speculation.evaluation import evaluate, format_table
 from speculation.features import RoutingBatch
-from speculation.predictor import PREDICTORS, Predictor, RoutingShape, create, load_predictor, register
+from speculation.predictor import PREDICTORS, Predictor, RoutingShape, create, load_predictor, load_predictors, register
 
 __all__ = [
     "PREDICTORS",
@@ -19,6 +19,7 @@ __all__ = [
     "format_table",
     "interlayer",
     "load_predictor",
+    "load_predictors",
     "lookahead",
     "register",
 ]

@@ -148,9 +148,7 @@ class Frequency(CountedPredictor):
 
 @register
 class Repeat(CountedPredictor):
-    """The previous token's experts at that layer in their stored order, then those used most recently before; learns
-    nothing.
-    """
+    """The previous token's experts at that layer in stored order, then the most recently used; nothing is learned."""
 
     name = "repeat"
 

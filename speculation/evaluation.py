@@ -1,5 +1,4 @@
-"""The evaluation protocol: every predictor and every baseline on the same sequences, with intervals and paired
-differences.
+"""The evaluation protocol: predictors and baselines on the same sequences, with intervals and paired differences.
 
 One streaming pass; what is kept is a sum per predictor, sequence, layer and metric, whatever the number of tokens.
 Headline figures average over all tokens and the layers that have a layer `horizon` below them.
@@ -80,9 +79,8 @@ def evaluate(
                 for each in sorted(set(tally.datasets))
             },
         }
-    results["chance"] = {"sees": [], **summary.of_chance(), "by_dataset": {}}
-    for each in sorted(set(tally.datasets)):
-        results["chance"]["by_dataset"][each] = summary.part_of_chance(tally.datasets.count(each))
+    results["chance"] = {"sees": [], **summary.of_chance()}
+    results["chance"]["by_dataset"] = summary.chance_by_dataset(tally)
     return {
         "format_version": FORMAT_VERSION,
         "model": dataset.spec.model_name,
@@ -141,20 +139,20 @@ def format_table(result: Mapping[str, Any]) -> str:
 def _baselines(
     dataset: TraceDataset, predictors: Mapping[str, Predictor], split: str, notes: list[str]
 ) -> dict[str, Predictor]:
-    """frequency, repeat and markov by the protocol's rule for where their counts come from; given ones are left as
-    given.
-    """
+    """frequency, repeat and markov, with counts from where the protocol says; those of a name given are left out."""
     shape = RoutingShape.of(dataset)
+    held_out = {name for p in predictors.values() for name in p.provenance_.get("hold_out_dataset", ())}
+    held_out &= set(dataset.datasets)
     if split == "all":
         counts = _counts_of_folders(predictors, shape, notes)
-    elif any(info.split == "train" for info in dataset.index):
-        held_out = sorted({name for p in predictors.values() for name in p.provenance_.get("hold_out_dataset", ())})
-        held_out = [name for name in held_out if name in dataset.datasets]
+    elif any(info.split == "train" and info.dataset not in held_out for info in dataset.index):
         if held_out:
-            notes.append(f"frequency and markov were fitted without {', '.join(held_out)}, as a predictor given was")
+            notes.append(
+                f"frequency and markov were fitted without {', '.join(sorted(held_out))}, as a predictor given was"
+            )
         counts = count_routing(dataset, "train", held_out)
     else:
-        notes.append("these traces have no train split")
+        notes.append("these traces have no train split to fit baselines on")
         counts = _counts_of_folders(predictors, shape, notes)
     found: dict[str, Predictor] = {"repeat": Repeat()} if counts is None else baselines_from(counts, shape)
     given = sorted(found.keys() & predictors.keys())
@@ -221,9 +219,14 @@ class _Summary:
         """The same for a random ranking, exactly."""
         return self._assemble([self._chance() for _ in range(2 + self.shape.num_layers)])
 
-    def part_of_chance(self, sequences: int) -> dict[str, Any]:
-        """Headline figures of a random ranking."""
-        return {"sequences": sequences, **self._chance()}
+    def chance_by_dataset(self, tally: _Tally) -> dict[str, Any]:
+        """Headline figures of a random ranking for each data set."""
+        tokens = dict.fromkeys(sorted(set(tally.datasets)), 0)
+        for name, count in zip(tally.datasets, tally.tokens, strict=True):
+            tokens[name] += count
+        return {
+            name: {"sequences": tally.datasets.count(name), "tokens": tokens[name], **self._chance()} for name in tokens
+        }
 
     def differences(self, sums: Mapping[str, Floats], tokens_S: Floats, given: list[str]) -> list[dict[str, Any]]:
         """Paired differences in recall@K of every given predictor to every other predictor and chance."""

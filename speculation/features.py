@@ -25,9 +25,7 @@ SCAN_TOKENS = (
 
 @dataclass(frozen=True, eq=False)
 class RoutingBatch:
-    """One or more whole sequences packed along T; `offsets` (S+1) bounds them, None stands for a column that is
-    absent.
-    """
+    """Whole sequences packed along T, bounded by `offsets` (S+1); a column that is absent is None."""
 
     expert_ids_TLK: Tensor
     routing_weights_TLK: Tensor | None
@@ -71,7 +69,9 @@ class RoutingBatch:
     @property
     def sequence_of_token_T(self) -> Tensor:
         """The index of each token's sequence within the batch, (T,)."""
-        return torch.repeat_interleave(torch.arange(len(self.offsets) - 1), self.sequence_lengths)
+        return torch.repeat_interleave(
+            torch.arange(len(self.offsets) - 1, device=self.offsets.device), self.sequence_lengths
+        )
 
     def to(self, device: torch.device | str) -> RoutingBatch:
         """The same batch with its tensors on a device."""

@@ -1,11 +1,10 @@
-"""InterLayer: a transformer over the layers of one token, fed with the routing below and with what earlier tokens
-chose.
+"""InterLayer: a transformer over a token's layers, fed with the routing below and with what earlier tokens chose.
 
 Position l stands for target layer l. Its input is the expert sets of layers l-h, l-h-1, ... (continued, below layer 0,
 with the top layers of the token before), what the tokens before chose at layer l (the last one's set and usage decayed
 at several rates), and an embedding of layer and horizon; attention is causal over layers. So position l sees what
-horizon h allows and no more, all layers of a token are scored in one pass, and tokens are a plain batch dimension: O(T
-* L**2).
+horizon h allows and no more, all layers of a token are scored in one pass, and tokens are a plain batch dimension; the
+cost is O(T * L**2).
 """
 
 from __future__ import annotations
@@ -67,9 +66,7 @@ class InterLayer(NeuralPredictor):
         return InterLayerModule(shape, self.settings, generator, frequency_LE)
 
     def features(self, batch: RoutingBatch) -> tuple[Tensor, ...]:
-        """Current set, current weight shares, the previous token's both (T, L, E), decayed usage (T, L, R, E), known
-        (T,).
-        """
+        """Sets, weight shares, both of the token before (T, L, E), decayed usage (T, L, R, E), weights known (T,)."""
         hot_TLE = multi_hot(batch.expert_ids_TLK, batch.num_experts)
         if batch.routing_weights_TLK is None or "weights" not in self.uses:
             share_TLE, known_T = torch.zeros_like(hot_TLE), hot_TLE.new_zeros(batch.num_tokens)
@@ -104,7 +101,7 @@ class InterLayer(NeuralPredictor):
         rows = 4 + len(self.settings.decays)
         features = 4 * shape.num_layers * shape.num_experts * (rows + 2)
         options = self.settings
-        kept_per_block = 16 * options.hidden_size + 2 * options.mlp_size + 2 * options.num_heads * shape.num_layers
+        kept_per_block = 20 * options.hidden_size + 2 * options.mlp_size + 2 * options.num_heads * shape.num_layers
         inputs = 2 * (options.reach + 1 + rows) * shape.num_experts
         working = 4 * shape.num_layers * (options.num_blocks * kept_per_block + inputs + 3 * shape.num_experts)
         return features, working

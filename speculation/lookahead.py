@@ -1,5 +1,4 @@
-"""gate_lookahead: the target layer's own router, applied early to the hidden state some layers below; nothing is
-learned.
+"""gate_lookahead: the target layer's own router, applied early to a hidden state some layers below; learns nothing.
 
 The idea is that of mixtral-offloading (2312.17238), DAOP and Fate: residual streams change slowly, so layer l's router
 reads much of its answer from layer l-h's input.

@@ -47,9 +47,7 @@ Record = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How to train; the first of `epochs`, `max_steps` and `max_minutes` to be reached ends it, 20 epochs if none is
-    given.
-    """
+    """How to train; the first limit reached of epochs, steps and minutes ends it, 20 epochs where none is set."""
 
     batch_size: int = 2  # sequences
     gradient_accumulation_steps: int = 1
@@ -58,7 +56,7 @@ class LoopSettings:
     max_minutes: float | None = None
     learning_rate: float = 3e-3
     weight_decay: float = 0.05
-    patience: int = 4  # validations without a better one before training ends
+    patience: int = 5  # validations without a better one before training ends
     memory_budget_gb: float = 24.0
     checkpoint_seconds: float = 60.0
     seed: int = 0
@@ -101,8 +99,7 @@ def fit_module(
     checkpoint: Path | None = None,
     record: Record | None = None,
 ) -> Progress:
-    """Trains a predictor's module from scratch, or on from `checkpoint` where that file exists, and keeps the best
-    weights.
+    """Trains a predictor's module, on from `checkpoint` where that file exists, and keeps the best weights.
 
     `record` is given one dict per validation. Raises ConfigurationError for an empty split, a budget too small for one
     token, or a checkpoint of other settings; ExpertSpeculationError when the loss is no longer a number.
@@ -113,10 +110,8 @@ def fit_module(
     predictor.shape_ = RoutingShape.of(dataset)
     predictor.uses = predictor.uses & dataset.available
     counts = counts if counts is not None else count_routing(dataset, split, hold_out)
-    module = predictor.build(predictor.shape_, torch.Generator().manual_seed(settings.seed), counts).to(
-        predictor.device
-    )
-    predictor.module_ = module
+    module = predictor.build(predictor.shape_, torch.Generator().manual_seed(settings.seed), counts)
+    predictor.module_ = module.to(predictor.device)
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
     )
@@ -136,7 +131,7 @@ def fit_module(
 
     def finished() -> bool:
         out_of_time = settings.max_minutes is not None and state.seconds >= 60 * settings.max_minutes
-        return out_of_time or state.step >= total or state.stale >= settings.patience
+        return out_of_time or (total is not None and state.step >= total) or state.stale >= settings.patience
 
     def validate(loss: float) -> None:
         recall = _validation_recall(predictor, dataset, columns, hold_out)
@@ -147,18 +142,10 @@ def fit_module(
             state.stale += 1
         state.seconds = time.monotonic() - started
         bar.set_postfix(loss=loss, validation_recall=recall if recall is not None else "none")
+        line = {"step": state.step, "epoch": state.epoch, "tokens": state.tokens, "seconds": round(state.seconds, 1)}
         if record is not None:
-            record(
-                {
-                    **{
-                        "step": state.step,
-                        "epoch": state.epoch,
-                        "tokens": state.tokens,
-                        "seconds": round(state.seconds, 1),
-                    },
-                    **{"loss": loss, "validation_recall": recall, "learning_rate": optimizer.param_groups[0]["lr"]},
-                }
-            )
+            rate = optimizer.param_groups[0]["lr"]
+            record({**line, "loss": loss, "validation_recall": recall, "learning_rate": rate})
 
     bar: Bar[None] = progress(total=total, description=f"training {predictor.name}", unit="steps")
     with bar:
@@ -222,7 +209,7 @@ def _step(
                 with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda"):
                     logits_TLE = predictor.logits(tuple(each[window] for each in features), horizon, noise)
                 loss = predictor.loss(logits_TLE, ids_TLK) * (len(ids_TLK) / tokens)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 loss_sum += loss.detach()
     value = float(loss_sum)
     if not math.isfinite(value):
@@ -237,9 +224,7 @@ def _step(
 def _validation_recall(
     predictor: NeuralPredictor, dataset: TraceDataset, columns: list[str], hold_out: Collection[str]
 ) -> float | None:
-    """Recall at K one layer ahead on validation_stop, over the layers with one below; None where there is no such
-    sequence.
-    """
+    """Recall at K one layer ahead on validation_stop, layers with one below; None where no sequence is in it."""
     found = wanted = 0.0
     stream = dataset.sequences("validation_stop", columns, hold_out=hold_out)
     for _, batch in packed_batches(stream, dataset.spec, 4096):
@@ -261,16 +246,18 @@ def _groups(stream: Iterator[SequenceTrace], size: int) -> Iterator[list[Sequenc
         yield group
 
 
-def _total_steps(settings: LoopSettings, steps_per_epoch: int) -> int:
+def _total_steps(settings: LoopSettings, steps_per_epoch: int) -> int | None:
+    """The steps that epochs and max_steps allow; None where only the clock ends training."""
     unlimited = settings.epochs is None and settings.max_steps is None and settings.max_minutes is None
     epochs = DEFAULT_EPOCHS if unlimited else settings.epochs
     limits = [epochs * steps_per_epoch if epochs is not None else None, settings.max_steps]
-    return min((limit for limit in limits if limit is not None), default=2**62)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _share_done(state: Progress, settings: LoopSettings, total: int) -> float:
+def _share_done(state: Progress, settings: LoopSettings, total: int | None) -> float:
+    by_steps = 0.0 if total is None else state.step / total
     by_time = 0.0 if settings.max_minutes is None else state.seconds / (60 * settings.max_minutes)
-    return min(1.0, max(state.step / total, by_time))
+    return min(1.0, max(by_steps, by_time))
 
 
 def _rate(step: int, share: float) -> float:
@@ -282,9 +269,8 @@ def _token_limits(predictor: NeuralPredictor, settings: LoopSettings) -> tuple[i
     """Tokens packed together and tokens worked on at once, so that both stay within the budget."""
     assert predictor.shape_ is not None
     assert predictor.module_ is not None
-    weights = 16 * sum(
-        parameter.numel() for parameter in predictor.module_.parameters()
-    )  # weight, gradient, two moments
+    # 4 bytes each for weight, gradient and two moments.
+    weights = 16 * sum(parameter.numel() for parameter in predictor.module_.parameters())
     budget = min(settings.memory_budget_gb * 1e9, free_memory_bytes(predictor.device))
     features, working = predictor.training_bytes_per_token(predictor.shape_)
     packed, piece = (int(BUDGET_SHARE * (budget - weights) / size) for size in (features, working))
@@ -333,8 +319,9 @@ def _save_checkpoint(
 def _load_checkpoint(
     path: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
 ) -> tuple[Progress, dict[str, Tensor]]:
-    """Restores module and optimizer; returns progress and best weights. Raises ConfigurationError when it does not
-    belong here.
+    """Restores module and optimizer; returns progress and best weights.
+
+    Raises ConfigurationError when the file is damaged or of other settings.
     """
     try:
         with safe_open(path, framework="pt") as file:

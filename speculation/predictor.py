@@ -71,9 +71,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def predict_scores(self, batch: RoutingBatch, horizon: int = 1) -> Tensor:
-        """Scores float32 (T, L, E) on the CPU, higher is likelier, for every layer; those below `horizon` see earlier
-        tokens only.
-        """
+        """Scores float32 (T, L, E) on the CPU, higher is likelier; layers below `horizon` see earlier tokens only."""
 
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON holds them."""
@@ -160,9 +158,7 @@ def create(name: str, **options: Any) -> Predictor:
 
 
 def load_predictor(folder: Path | str) -> Predictor:
-    """Reads the predictor in a folder, whatever its kind; raises ConfigurationError when there is none or it is
-    damaged.
-    """
+    """Reads the predictor in a folder, whatever its kind; raises ConfigurationError when it is none or damaged."""
     path = Path(folder)
     try:
         config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -221,9 +217,5 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _missing_column(column: str) -> str:
     if column == "tokens":
         return "the column 'tokens', but neither token ids nor token strings are known; collect the traces again"
-    flag = (
-        "--store weights,lookahead --lookahead 3"
-        if column == "lookahead"
-        else f"--store {','.join({'weights', column})}"
-    )
-    return f"the column '{column}', which these traces lack; collect them again with {flag}"
+    flags = {"weights": "weights", "logits": "weights,logits", "lookahead": "weights,lookahead --lookahead 3"}
+    return f"the column '{column}', which these traces lack; collect them again with --store {flags[column]}"

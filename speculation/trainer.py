@@ -1,5 +1,4 @@
-"""`train`: from a trace folder to a predictor folder, which is checked for room first and complete when its config is
-there.
+"""`train`: from a trace folder to a predictor folder, which is complete when its config is there.
 
 The folder is flat: config.json, model.safetensors, the counts of the baselines, a model card and the training log;
 beside them a checkpoint while training has not ended.

@@ -88,6 +88,8 @@ def _print(facts: dict[str, Any], json_file: Path | None) -> None:
     for source in facts.pop("sources"):
         skipped = "".join(f", {count} {reason}" for reason, count in sorted(source["skipped"].items()))
         click.echo(f"{source['name']:<20} {source['available']:>6} of {source['requested']} traces{skipped}")
+    if "seconds" in facts:
+        facts["seconds"] = round(facts["seconds"], 1)
     facts["padding_share"] = f"{facts['padding_share']:.1%}"
     facts |= {f"model {name}": value for name, value in facts.pop("model", {}).items()}
     print_facts(facts)

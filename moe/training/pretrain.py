@@ -20,6 +20,7 @@ from groundwork.hardware import choose_device, describe_device
 from groundwork.progress import Progress, log, progress
 from groundwork.provenance import library_versions
 from moe.mini import MiniSize, mixtral_config, size
+from moe.source import quiet
 from moe.training import corpus as corpus_files
 from moe.training.checkpoint import Checkpoint, load_checkpoint, remove_checkpoint, save_checkpoint
 from moe.training.corpus import Corpus, fingerprint, read_corpus, token_stream, training_rows
@@ -227,7 +228,8 @@ class _Run:
         output = self.settings.output_dir
         losses = self.losses_by_source(held_out, None)
         half: Any = self.model
-        half.to(torch.bfloat16).save_pretrained(output)
+        with quiet():
+            half.to(torch.bfloat16).save_pretrained(output)
         self.tokenizer.save_pretrained(output)
         record = {
             "settings": {

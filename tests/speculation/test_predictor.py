@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from groundwork.errors import ConfigurationError
-from speculation import PREDICTORS, RoutingBatch, create, load_predictor
+from speculation import PREDICTORS, RoutingBatch, create, load_predictor, load_predictors
 from speculation.counted import Markov
 from speculation.predictor import CONFIG_FILE, MODEL_FILE
 from traces.reader import TraceDataset
@@ -66,6 +66,14 @@ def test_a_folder_that_is_no_predictor_or_is_damaged_is_refused(dataset: TraceDa
         (tmp_path / CONFIG_FILE).write_text(json.dumps(broken))
         with pytest.raises(ConfigurationError, match=message):
             load_predictor(tmp_path)
+
+
+def test_a_second_predictor_of_a_name_is_called_after_its_folder(dataset: TraceDataset, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        Markov().fit(dataset).save_pretrained(tmp_path / name)
+    assert list(load_predictors([tmp_path / "one", tmp_path / "two"])) == ["markov", "markov@two"]
+    with pytest.raises(ConfigurationError, match="'markov@two' was given before"):
+        load_predictors([tmp_path / name for name in ("one", "two", "two")])
 
 
 def test_a_horizon_out_of_range_is_refused(dataset: TraceDataset, batch: RoutingBatch) -> None:
