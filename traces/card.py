@@ -43,11 +43,9 @@ def render_card(plan: Plan, manifest: list[ManifestLine]) -> str:
     missing = [shard.name for shard in plan.shards if shard.index not in done]
     notes = [f"- {line.shard}: {_plain(note)}" for line in manifest for note in line.notes]
     gaps = [f"- {len(missing)} of {len(plan.shards)} planned shards are not there yet."] * bool(missing) + notes
-    sources = [
-        f"- {_plain(source.get('name', '?'))}: "
-        + ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in source.items() if key != "name")
-        for source in plan.sources
-    ]
+    known = {key for source in plan.sources for key, value in source.items() if value is not None}
+    facts = tuple(sorted(known, key=lambda key: (key != "name", key)))
+    sources = [tuple(_cell(source.get(key)) for key in facts) for source in plan.sources]
     columns = [
         ("dataset, sequence_id, sequence_key", "data set, number within the run, the source's own id"),
         ("position, phase", "token within its sequence; 0 prefill, 1 decode"),
@@ -78,7 +76,7 @@ def render_card(plan: Plan, manifest: list[ManifestLine]) -> str:
             "",
             "## Sources",
             "",
-            *sources,
+            *_table(tuple(map(_plain, facts)), sources),
             "",
             "## Columns",
             "",
@@ -114,6 +112,13 @@ def _describe(spec: TraceSpec) -> list[tuple[str, str]]:
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def _cell(value: object) -> str:
+    """Return a source's fact for a table; counts by reason as `36 duplicate, 2 too short`."""
+    if isinstance(value, dict):
+        return _plain(", ".join(f"{count} {reason}" for reason, count in sorted(value.items())) or "none")
+    return "" if value is None else _plain(value)
 
 
 def _plain(value: object) -> str:
