@@ -16,18 +16,22 @@ SECONDS_BETWEEN_LINES = 60.0
 class Progress(Generic[T]):
     """One running count; iterate over it, or call `update`, inside or outside a `with` block."""
 
-    def __init__(self, iterable: Iterable[T] | None, total: int | None, description: str, unit: str) -> None:
+    def __init__(
+        self, iterable: Iterable[T] | None, total: int | None, description: str, unit: str, done: int
+    ) -> None:
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
         self._iterable = iterable
         self._total, self._description, self._unit = total, description, unit
-        self._count = 0
+        self._count = self._done_before = done
         self._started = self._last_line = time.monotonic()
         self._spoke = False
         self._postfix = ""
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total, desc=description or None, unit=unit, file=sys.stderr, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=done, desc=description or None, unit=unit, file=sys.stderr, dynamic_ncols=True
+            )
 
     def update(self, n: int = 1) -> None:
         """Count `n` more units as done."""
@@ -72,7 +76,7 @@ class Progress(Generic[T]):
     def _print_line(self) -> None:
         now = time.monotonic()
         self._last_line, self._spoke = now, True
-        rate = self._count / max(now - self._started, 1e-9)
+        rate = (self._count - self._done_before) / max(now - self._started, 1e-9)
         parts = [f"{self._description}: {self._count}" if self._description else str(self._count)]
         parts[0] += f"/{self._total} {self._unit}" if self._total is not None else f" {self._unit}"
         parts.append(f"{rate:.3g} {self._unit}/s")
@@ -84,14 +88,19 @@ class Progress(Generic[T]):
 
 
 def progress(
-    iterable: Iterable[T] | None = None, *, total: int | None = None, description: str = "", unit: str = "it"
+    iterable: Iterable[T] | None = None,
+    *,
+    total: int | None = None,
+    description: str = "",
+    unit: str = "it",
+    done: int = 0,
 ) -> Progress[T]:
     """Return a progress display over `iterable`, or one to be advanced with `.update(n)`.
 
     `total` is counted in `unit`s and taken from `len(iterable)` where it has one; without it there is a rate but no
-    ETA.
+    ETA. `done` units were done before this process started, and do not count for the rate.
     """
-    return Progress(iterable, total, description, unit)
+    return Progress(iterable, total, description, unit, done)
 
 
 def log(message: str) -> None:

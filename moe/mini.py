@@ -42,7 +42,7 @@ SIZES = {
     ),
     "demo": MiniSize(
         vocabulary=4096, width=256, layers=8, heads=8, key_value_heads=2, intermediate=256, sliding_window=128,
-        sequence_length=256, batch_size=32, steps=1600, tied_embeddings=True,
+        sequence_length=256, batch_size=32, steps=1400, tied_embeddings=True,
     ),
     "172m": MiniSize(
         vocabulary=32_000, width=512, layers=8, heads=8, key_value_heads=2, intermediate=1365, sliding_window=1024,

@@ -54,7 +54,7 @@ class LoopSettings:
     epochs: int | None = None
     max_steps: int | None = None
     max_minutes: float | None = None
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3  # after a minute of training 0.01 more recall than 3e-3, on two models' traces
     weight_decay: float = 0.05
     patience: int = 5  # validations without a better one before training ends
     memory_budget_gb: float = 24.0
@@ -147,9 +147,10 @@ def fit_module(
             rate = optimizer.param_groups[0]["lr"]
             record({**line, "loss": loss, "validation_recall": recall, "learning_rate": rate})
 
-    bar: Bar[None] = progress(total=total, description=f"training {predictor.name}", unit="steps")
+    bar: Bar[None] = progress(
+        total=total, description=f"training {predictor.name}", unit="steps", done=state.step
+    )
     with bar:
-        bar.update(state.step)
         while not finished():
             seed = settings.seed * 1_000_003 + state.epoch
             stream = dataset.sequences(split, columns, hold_out=hold_out, shuffle_seed=seed, start=state.position)

@@ -158,9 +158,8 @@ class _Run:
         rows_per_epoch = (sum(map(len, documents)) - 1) // self.shape.sequence_length
         saved = time.monotonic()
         last = self.steps if self.settings.stop_after is None else self.done + self.settings.stop_after
-        bar: Progress[None] = progress(total=self.steps, description="pretrain", unit="step")
+        bar: Progress[None] = progress(total=self.steps, description="pretrain", unit="step", done=self.done)
         with bar:
-            bar.update(self.done)
             while self.done < self.steps:
                 started = time.monotonic()
                 batch = []

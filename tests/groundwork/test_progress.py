@@ -35,6 +35,15 @@ def test_long_work_off_a_terminal_prints_lines_with_rate_and_time_left(capsys, m
     assert lines[-1].startswith("tracing: 10/10 seq, ")
 
 
+def test_what_was_done_before_counts_for_the_total_but_not_for_the_rate(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 40))
+    monkeypatch.setattr(module.time, "monotonic", lambda: float(next(clock)))
+    with progress(total=100, description="tracing", unit="seq", done=90) as bar:
+        for _ in range(2):
+            bar.update()
+    assert capsys.readouterr().err.splitlines()[0] == "tracing: 92/100 seq, 0.0167 seq/s, 08:00 left"
+
+
 def test_terminal_gets_a_bar_and_logs_above_it(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
