@@ -16,9 +16,7 @@ SECONDS_BETWEEN_LINES = 60.0
 class Progress(Generic[T]):
     """One running count; iterate over it, or call `update`, inside or outside a `with` block."""
 
-    def __init__(
-        self, iterable: Iterable[T] | None, total: int | None, description: str, unit: str, done: int
-    ) -> None:
+    def __init__(self, iterable: Iterable[T] | None, total: int | None, description: str, unit: str, done: int) -> None:
         if total is None and isinstance(iterable, Sized):
             total = len(iterable)
         self._iterable = iterable

@@ -147,9 +147,7 @@ def fit_module(
             rate = optimizer.param_groups[0]["lr"]
             record({**line, "loss": loss, "validation_recall": recall, "learning_rate": rate})
 
-    bar: Bar[None] = progress(
-        total=total, description=f"training {predictor.name}", unit="steps", done=state.step
-    )
+    bar: Bar[None] = progress(total=total, description=f"training {predictor.name}", unit="steps", done=state.step)
     with bar:
         while not finished():
             seed = settings.seed * 1_000_003 + state.epoch

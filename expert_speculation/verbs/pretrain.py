@@ -11,7 +11,10 @@ from expert_speculation.options import PATH, device_option, json_option, print_f
 @click.command()
 @click.option("--size", default="demo", help="tiny, demo or 172m.")
 @click.option(
-    "--text", type=PATH, multiple=True, help="A .jsonl or .txt file, or a folder of them; repeat for several."
+    "--text",
+    type=PATH,
+    multiple=True,
+    help='A .jsonl file (one {"text": ...} a line) or .txt file (blank lines between documents), or a folder of them; repeat for several.',
 )
 @click.option("--output_dir", type=PATH, help="Model folder to write.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps; the size's own when not given.")

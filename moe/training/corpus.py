@@ -32,7 +32,8 @@ class Corpus:
 
 
 def read_corpus(paths: list[Path]) -> Corpus:
-    """Read `.jsonl` (one `{"text": ...}` a line) and `.txt` files (paragraph groups), or all such files of folders.
+    """Read `.jsonl` (one `{"text": ...}` a line) and `.txt` files (documents separated by
+    blank lines), or all such files of folders.
 
     A source is named after its file. The split is by blake2b of the text, so that it never changes and duplicates of a
     document stay on one side.
@@ -100,7 +101,7 @@ def _documents(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path}: not UTF-8 at byte {error.start}; convert it, e.g. with iconv") from None
     if path.suffix == ".txt":
-        yield from (part.strip() for part in content.split("\n\n\n") if part.strip())
+        yield from (part.strip() for part in content.split("\n\n") if part.strip())
         return
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
