@@ -14,7 +14,7 @@ from expert_speculation.options import PATH, device_option, json_option, print_f
     "--text",
     type=PATH,
     multiple=True,
-    help='A .jsonl file (one {"text": ...} a line) or .txt file (blank lines between documents), or a folder of them; repeat for several.',
+    help='.jsonl with {"text": ...} a line, .txt with blank lines between documents, or a folder; repeat for several.',
 )
 @click.option("--output_dir", type=PATH, help="Model folder to write.")
 @click.option("--steps", type=click.IntRange(min=1), help="Optimizer steps; the size's own when not given.")
