@@ -25,6 +25,13 @@ from expert_speculation.options import PATH, device_option, json_option, print_f
     "--micro_batch", type=click.IntRange(min=1), default=16, help="Sequences that go through the model at once."
 )
 @click.option("--learning_rate", type=float, help="Peak learning rate; the size's own when not given.")
+@click.option(
+    "--balance_weight",
+    type=click.FloatRange(min=0.0),
+    default=0.01,
+    help="Weight of the loss that balances experts, for each layer by itself.",
+)
+@click.option("--init_from", type=PATH, help="Start from this trained model of the same size, with its tokenizer.")
 @click.option("--checkpoint_minutes", type=float, default=5.0, help="Time between checkpoints.")
 @click.option(
     "--stop_after", type=click.IntRange(min=1), help="Stop with a checkpoint after so many steps of this call."

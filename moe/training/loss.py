@@ -21,7 +21,7 @@ class Losses(NamedTuple):
     language: Tensor
 
 
-def training_losses(model: MixtralForCausalLM, rows: Tensor) -> Losses:
+def training_losses(model: MixtralForCausalLM, rows: Tensor, balance_weight: float = BALANCE_WEIGHT) -> Losses:
     """Losses of token rows int64 [B, T + 1].
 
     transformers' own balancing loss averages over all layers before it compares experts, so that one layer's neglect of
@@ -31,7 +31,8 @@ def training_losses(model: MixtralForCausalLM, rows: Tensor) -> Losses:
     language = _cross_entropy(model.lm_head(output.last_hidden_state), rows[:, 1:])
     top_k = model.config.num_experts_per_tok
     logits_LNE = torch.stack([logits.float() for logits in output.router_logits])
-    return Losses(language + BALANCE_WEIGHT * _balance(logits_LNE, top_k) + ROUTER_Z_WEIGHT * _z(logits_LNE), language)
+    routing = balance_weight * _balance(logits_LNE, top_k) + ROUTER_Z_WEIGHT * _z(logits_LNE)
+    return Losses(language + routing, language)
 
 
 @torch.no_grad()

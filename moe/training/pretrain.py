@@ -20,11 +20,11 @@ from groundwork.hardware import choose_device, describe_device
 from groundwork.progress import Progress, log, progress
 from groundwork.provenance import library_versions
 from moe.mini import MiniSize, mixtral_config, size
-from moe.source import quiet
+from moe.source import find_source, quiet, refusing
 from moe.training import corpus as corpus_files
 from moe.training.checkpoint import Checkpoint, load_checkpoint, remove_checkpoint, save_checkpoint
 from moe.training.corpus import Corpus, fingerprint, read_corpus, token_stream, training_rows
-from moe.training.loss import document_losses, training_losses
+from moe.training.loss import BALANCE_WEIGHT, document_losses, training_losses
 from moe.training.optimizer import MixtralOptimizer
 from moe.training.tokenizer import train_tokenizer
 
@@ -38,8 +38,9 @@ class PretrainSettings:
     """What a training run does.
 
     `steps` and `batch_size` (sequences) default to the preset's; `micro_batch` sequences go through the model at once;
-    `checkpoint_minutes` and `validate_steps` say how often; `stop_after` steps of this call, training stops with a
-    checkpoint, for jobs with a time limit.
+    `init_from` starts from a trained model of the same size instead of random weights, with its tokenizer. A text file
+    that is named twice counts twice. `checkpoint_minutes` and `validate_steps` say how often; after `stop_after` steps
+    of this call training stops with a checkpoint, for jobs with a time limit.
     """
 
     size: str
@@ -49,6 +50,8 @@ class PretrainSettings:
     batch_size: int | None = None
     micro_batch: int = 16
     learning_rate: float | None = None
+    balance_weight: float = BALANCE_WEIGHT
+    init_from: Path | None = None
     device: str = "auto"
     seed: int = 0
     resume: bool = False
@@ -90,7 +93,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     log(f"tokens: {tokens / 1e6:.2f} M for training, {seen / 1e6:.1f} M will be seen")
 
     torch.manual_seed(settings.seed)
-    model: Any = MixtralForCausalLM(mixtral_config(shape))
+    model = _model(settings, shape)
     model.to(device)
     optimizer = MixtralOptimizer(model, learning_rate, steps)
     run = _Run(settings, shape, steps, batch_size, model, optimizer, tokenizer, fingerprint(documents))
@@ -123,6 +126,8 @@ class _Run:
             "batch_size": batch_size,
             "micro_batch": settings.micro_batch,
             "learning_rate": optimizer.learning_rate,
+            "balance_weight": settings.balance_weight,
+            "init_from": None if settings.init_from is None else settings.init_from.name,
             "seed": settings.seed,
             "text": text_fingerprint,
         }
@@ -196,7 +201,7 @@ class _Run:
         for part in parts:
             share = len(part) / len(rows)
             with torch.autocast(rows.device.type, dtype=torch.bfloat16):
-                losses = training_losses(self.model, part)
+                losses = training_losses(self.model, part, self.settings.balance_weight)
             (losses.total * share).backward()
             language += losses.language.item() * share
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
@@ -234,6 +239,7 @@ class _Run:
             "settings": {
                 **asdict(self.settings),
                 "text": [path.name for path in self.settings.text],
+                "init_from": self.identity["init_from"],
                 "output_dir": output.name,
             },
             "identity": self.identity,
@@ -275,12 +281,31 @@ def _previous(settings: PretrainSettings) -> Checkpoint | None:
     return previous
 
 
+def _model(settings: PretrainSettings, shape: MiniSize) -> Any:
+    """A randomly initialised model, or the trained one that `--init_from` names."""
+    if settings.init_from is None:
+        return MixtralForCausalLM(mixtral_config(shape))
+    source = find_source(str(settings.init_from), weights=True)
+    with refusing(source, "language model"):
+        model = MixtralForCausalLM.from_pretrained(source.folder, dtype=torch.float32, use_safetensors=True)
+    wanted = mixtral_config(shape)
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_local_experts"):
+        found = getattr(model.config, name)
+        if found != getattr(wanted, name):
+            raise ConfigurationError(
+                f"--init_from {settings.init_from}: has {name} {found}, but --size {settings.size} has "
+                f"{getattr(wanted, name)}; give a model of that size"
+            )
+    return model
+
+
 def _tokenizer(settings: PretrainSettings, corpus: Corpus, shape: MiniSize) -> PreTrainedTokenizerFast:
-    """The tokenizer of an interrupted run, or a freshly trained one, saved before the first step."""
-    saved = settings.output_dir / "tokenizer.json"
-    if saved.exists():
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(settings.output_dir)
-        return tokenizer
+    """The tokenizer of an interrupted run or of `--init_from`, or a fresh one; saved before the first step."""
+    for folder in (settings.output_dir, settings.init_from):
+        if folder is not None and (folder / "tokenizer.json").exists():
+            tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer.save_pretrained(settings.output_dir)
+            return tokenizer
     texts = (text for source in corpus.train.values() for text in source)
     tokenizer = train_tokenizer(texts, shape.vocabulary)
     tokenizer.save_pretrained(settings.output_dir)

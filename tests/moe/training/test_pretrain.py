@@ -82,6 +82,16 @@ def test_resuming_another_training_is_refused_with_the_differing_settings(text, 
         pretrain(_settings(text, tmp_path, resume=True, steps=9, learning_rate=1e-3))
 
 
+def test_training_can_start_from_a_trained_model_and_its_tokenizer(text, trained, tmp_path):
+    fresh = json.loads((trained[0] / "log.jsonl").read_text().splitlines()[0])["loss"]
+    pretrain(_settings(text, tmp_path / "on", steps=2, init_from=trained[0]))
+    first = json.loads((tmp_path / "on" / "log.jsonl").read_text().splitlines()[0])["loss"]
+    assert first < fresh - 0.3
+    assert (tmp_path / "on" / "tokenizer.json").read_bytes() == (trained[0] / "tokenizer.json").read_bytes()
+    with pytest.raises(ConfigurationError, match=r"has vocab_size 512, but --size demo has 4096"):
+        pretrain(_settings(text, tmp_path / "other", size="demo", init_from=trained[0]))
+
+
 def test_a_folder_that_holds_files_is_refused_without_resume(text, trained):
     with pytest.raises(ConfigurationError, match="holds files already; continue with --resume"):
         pretrain(_settings(text, trained[0]))
