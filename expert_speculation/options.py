@@ -62,7 +62,15 @@ def print_facts(facts: dict[str, Any]) -> None:
     """Print `name  value` lines, aligned."""
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        click.echo(f"{name:<{width}}  {value}")
+        click.echo(f"{name:<{width}}  {_readable(value)}")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_readable(each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _find_embedded(ctx: click.Context, option: click.Parameter, value: str) -> str:

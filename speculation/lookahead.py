@@ -34,10 +34,14 @@ class GateLookahead(Predictor):
     def predict_scores(self, batch: RoutingBatch, horizon: int = 1) -> Tensor:
         self.check_horizon(batch, horizon)
         lookahead_THLE = batch.lookahead_logits_THLE
-        if lookahead_THLE is None or lookahead_THLE.shape[1] < horizon:
-            held = 0 if lookahead_THLE is None else lookahead_THLE.shape[1]
+        if lookahead_THLE is None:
             raise ConfigurationError(
-                f"--horizon {horizon}: the traces hold lookahead logits of {held} horizons; "
+                "gate_lookahead: these sequences were read without lookahead logits; "
+                "read them with sequences(..., columns=('lookahead',))"
+            )
+        if lookahead_THLE.shape[1] < horizon:
+            raise ConfigurationError(
+                f"--horizon {horizon}: the traces hold lookahead logits of {lookahead_THLE.shape[1]} horizons; "
                 f"collect them again with --store weights,lookahead --lookahead {horizon}"
             )
         low_THE = Repeat().predict_scores(batch, horizon)[:, :horizon]

@@ -91,5 +91,7 @@ def _print(facts: dict[str, Any], json_file: Path | None) -> None:
     if "seconds" in facts:
         facts["seconds"] = round(facts["seconds"], 1)
     facts["padding_share"] = f"{facts['padding_share']:.1%}"
+    if "bytes" in facts:
+        facts["bytes on disk, estimated"] = facts.pop("bytes")
     facts |= {f"model {name}": value for name, value in facts.pop("model", {}).items()}
     print_facts(facts)
