@@ -27,7 +27,7 @@ def choose_device(name: str = "auto") -> "torch.device":
     available += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
         gpus = [torch.device(each) for each in available if each.startswith("cuda")]
-        return max(gpus, key=free_memory_bytes) if gpus else torch.device(available[-1])
+        return max(gpus, key=free_memory_bytes) if gpus else torch.device("cpu")
     wanted = "cuda:0" if name == "cuda" else name
     if wanted not in available:
         raise ConfigurationError(

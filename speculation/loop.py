@@ -9,7 +9,6 @@ needs no generator state. Resumed runs are equal where epochs or steps end them;
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -18,12 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from groundwork import atomic
+from groundwork.checkpoint import load_checkpoint, refuse_other_settings, save_checkpoint
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from groundwork.hardware import free_memory_bytes
 from groundwork.progress import Progress as Bar
@@ -310,9 +307,7 @@ def _save_checkpoint(
     tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"progress": json.dumps(asdict(state)), "identity": json.dumps(identity)}
-    atomic.write_bytes(path, safetensors.torch.save(whole, metadata))
+    save_checkpoint(path, tensors, {"progress": asdict(state), "identity": identity})
 
 
 def _load_checkpoint(
@@ -322,27 +317,15 @@ def _load_checkpoint(
 
     Raises ConfigurationError when the file is damaged or of other settings.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        state, found = Progress(**json.loads(metadata["progress"])), json.loads(metadata["identity"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"{path}: damaged checkpoint ({error}); delete it and train again") from error
-    wanted = json.loads(json.dumps(identity))
-    differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if differing:
-        shown = ", ".join(f"{name} was {found.get(name)}, now {wanted.get(name)}" for name in differing)
-        raise ConfigurationError(
-            f"{path}: made with other settings ({shown}); repeat those or choose another --output_dir"
-        )
+    tensors, facts = load_checkpoint(path)
+    refuse_other_settings(path, facts["identity"], identity)
     module.load_state_dict(_under(tensors, "module."))
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in _under(tensors, "optimizer.").items():
         index, key = name.split(".", 1)
         moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return state, _under(tensors, "best.")
+    return Progress(**facts["progress"]), _under(tensors, "best.")
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

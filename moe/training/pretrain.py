@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import MixtralForCausalLM, PreTrainedTokenizerFast
 
+from groundwork.checkpoint import load_checkpoint, refuse_other_settings, save_checkpoint
 from groundwork.errors import ConfigurationError, IncompleteError
 from groundwork.hardware import choose_device, describe_device
 from groundwork.progress import Progress, log, progress
@@ -22,12 +23,12 @@ from groundwork.provenance import library_versions
 from moe.mini import MiniSize, mixtral_config, size
 from moe.source import find_source, quiet, refusing
 from moe.training import corpus as corpus_files
-from moe.training.checkpoint import Checkpoint, load_checkpoint, remove_checkpoint, save_checkpoint
 from moe.training.corpus import Corpus, fingerprint, read_corpus, token_stream, training_rows
 from moe.training.loss import BALANCE_WEIGHT, document_losses, training_losses
 from moe.training.optimizer import MixtralOptimizer
 from moe.training.tokenizer import train_tokenizer
 
+CHECKPOINT_FILE = "checkpoint.safetensors"
 GRADIENT_NORM = 1.0
 VALIDATION_DOCUMENTS = 24
 """Held-out documents per source that are scored during training; the closing score uses all of them."""
@@ -76,7 +77,7 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
         IncompleteError: `stop_after` was reached.
     """
     shape, steps, batch_size, learning_rate = settings.resolved()
-    previous = _previous(settings)
+    resumed = _is_resumed(settings)
     device = choose_device(settings.device)
     corpus = read_corpus(list(settings.text))
     log(f"text: {corpus.characters / 1e6:.1f} M characters in {len(corpus.train)} sources")
@@ -97,8 +98,8 @@ def pretrain(settings: PretrainSettings) -> dict[str, Any]:
     model.to(device)
     optimizer = MixtralOptimizer(model, learning_rate, steps)
     run = _Run(settings, shape, steps, batch_size, model, optimizer, tokenizer, fingerprint(documents))
-    if previous is not None:
-        run.restore(previous)
+    if resumed:
+        run.restore()
     run.train(documents, held_out)
     return run.finish(corpus, held_out, tokens)
 
@@ -120,6 +121,7 @@ class _Run:
         self.settings, self.shape, self.model, self.optimizer = settings, shape, model, optimizer
         self.tokenizer, self.batch_size, self.steps = tokenizer, batch_size, steps
         self.done, self.seconds = 0, 0.0
+        self.checkpoint = settings.output_dir / CHECKPOINT_FILE
         self.identity = {
             "size": settings.size,
             "steps": steps,
@@ -132,31 +134,22 @@ class _Run:
             "text": text_fingerprint,
         }
 
-    def restore(self, previous: Checkpoint) -> None:
-        differing = [
-            f"{key}: {previous.facts['identity'].get(key)} then, {value} now"
-            for key, value in self.identity.items()
-            if previous.facts["identity"].get(key) != value
-        ]
-        if differing:
-            raise ConfigurationError(
-                f"{self.settings.output_dir}: --resume would continue another training ({'; '.join(differing)}); "
-                "use the same settings and text, or another --output_dir"
-            )
-        tensors = previous.tensors
+    def restore(self) -> None:
+        tensors, facts = load_checkpoint(self.checkpoint)
+        refuse_other_settings(self.checkpoint, facts["identity"], self.identity)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tensors[f"model.{name}"])
         self.optimizer.load_state_tensors(
             {name: value for name, value in tensors.items() if not name.startswith("model.")}
         )
-        self.done, self.seconds = previous.facts["steps_done"], previous.facts["seconds"]
+        self.done, self.seconds = facts["steps_done"], facts["seconds"]
         log(f"resumed after step {self.done} of {self.steps}")
 
     def save(self) -> None:
-        model = {f"model.{name}": parameter.detach() for name, parameter in self.model.named_parameters()}
+        model = {f"model.{name}": parameter for name, parameter in self.model.named_parameters()}
         facts = {"identity": self.identity, "steps_done": self.done, "seconds": self.seconds}
-        save_checkpoint(self.settings.output_dir, Checkpoint({**model, **self.optimizer.state_tensors()}, facts))
+        save_checkpoint(self.checkpoint, {**model, **self.optimizer.state_tensors()}, facts)
 
     def train(self, documents: list[Any], held_out: dict[str, list[Any]]) -> None:
         epoch, rows = -1, np.empty((0, self.shape.sequence_length + 1), dtype=np.int32)
@@ -256,7 +249,7 @@ class _Run:
             "library_versions": library_versions(),
         }
         (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        remove_checkpoint(output)
+        self.checkpoint.unlink(missing_ok=True)
         return record
 
     def _note(self, facts: dict[str, Any]) -> None:
@@ -264,21 +257,22 @@ class _Run:
             file.write(json.dumps(facts) + "\n")
 
 
-def _previous(settings: PretrainSettings) -> Checkpoint | None:
+def _is_resumed(settings: PretrainSettings) -> bool:
+    """Make the output folder; say whether a checkpoint in it is to be continued."""
     output = settings.output_dir
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"--output_dir {output}: is a file; name a folder")
-    if not output.exists() or not any(output.iterdir()):
-        output.mkdir(parents=True, exist_ok=True)
-        return None
+    output.mkdir(parents=True, exist_ok=True)
+    if not any(output.iterdir()):
+        return False
     if not settings.resume:
         raise ConfigurationError(
             f"--output_dir {output}: holds files already; continue with --resume or name another folder"
         )
-    previous = load_checkpoint(output)
-    if previous is None and (output / "training.json").exists():
+    unfinished = (output / CHECKPOINT_FILE).exists()
+    if not unfinished and (output / "training.json").exists():
         raise ConfigurationError(f"--output_dir {output}: this training is finished; name another folder for a new one")
-    return previous
+    return unfinished
 
 
 def _model(settings: PretrainSettings, shape: MiniSize) -> Any:

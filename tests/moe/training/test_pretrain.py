@@ -62,7 +62,7 @@ def test_training_lowers_the_loss_and_leaves_a_loadable_model(trained):
     ids = AutoTokenizer.from_pretrained(output_dir)("the router 42")["input_ids"]
     assert ids[0] == model.config.bos_token_id
     assert AutoTokenizer.from_pretrained(output_dir).decode(ids, skip_special_tokens=True) == "the router 42"
-    assert not (output_dir / "checkpoint").exists()
+    assert not (output_dir / "checkpoint.safetensors").exists()
 
 
 def test_a_stopped_and_resumed_training_ends_with_the_same_weights(text, trained, tmp_path):
@@ -78,7 +78,7 @@ def test_a_stopped_and_resumed_training_ends_with_the_same_weights(text, trained
 def test_resuming_another_training_is_refused_with_the_differing_settings(text, tmp_path):
     with pytest.raises(IncompleteError):
         pretrain(_settings(text, tmp_path, stop_after=1))
-    with pytest.raises(ConfigurationError, match=r"steps: 8 then, 9 now; learning_rate: 0.005 then, 0.001 now"):
+    with pytest.raises(ConfigurationError, match=r"learning_rate was 0.005, now 0.001, steps was 8, now 9"):
         pretrain(_settings(text, tmp_path, resume=True, steps=9, learning_rate=1e-3))
 
 
