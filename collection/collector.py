@@ -14,7 +14,6 @@ from transformers import AutoConfig
 
 from collection.datasets import resolve
 from collection.plan import Layout, lay_out, make_plan, make_spec
-from collection.run_folder import begin, check_folder, check_free_space
 from collection.sampling import Draw, draw
 from collection.settings import CollectSettings
 from collection.tokens import TokenText
@@ -28,6 +27,7 @@ from moe.routers import find_routers
 from moe.source import find_source
 from traces.card import write_card
 from traces.plan import Plan, estimated_bytes_per_token
+from traces.run_folder import begin, check_folder, check_free_space
 from traces.schema import PHASES, SequenceTrace, TraceSpec
 from traces.writer import ShardWriter, lock_run
 

@@ -146,15 +146,6 @@ def make_spec(loaded: LoadedModel, layout: RouterLayout, settings: CollectSettin
     )
 
 
-def differing_fields(old: Plan, new: Plan) -> str:
-    """Return the fields in which two plans differ, with both values; every difference of the fingerprint is named."""
-    names = [name for name in {**old.settings, **new.settings} if old.settings.get(name) != new.settings.get(name)]
-    return (
-        "; ".join(f"{name} was {old.settings.get(name)!r}, is {new.settings.get(name)!r}" for name in names)
-        or "the cut into shards and batches, made by another version of this program"
-    )
-
-
 def weights_digest(model: torch.nn.Module) -> str:
     """Return a digest of evenly spaced values of every tensor: any training step changes it, and 90 GB take seconds."""
     digest = hashlib.blake2b(digest_size=16)

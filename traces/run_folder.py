@@ -3,7 +3,6 @@
 import shutil
 from pathlib import Path
 
-from collection.plan import differing_fields
 from groundwork.atomic import write_bytes
 from groundwork.errors import ConfigurationError
 from groundwork.progress import log
@@ -66,6 +65,15 @@ def begin(run_dir: Path, plan: Plan, *, resume: bool) -> tuple[Plan, set[int]]:
         log(f"{run_dir}: {len(lines) - len(sound)} listed shards are missing or changed and are made again")
         write_bytes(run_dir / MANIFEST_NAME, b"".join(line.render() for line in sound))
     return saved, {line.index for line in sound}
+
+
+def differing_fields(old: Plan, new: Plan) -> str:
+    """Return the fields in which two plans differ, with both values; every difference of the fingerprint is named."""
+    names = [name for name in {**old.settings, **new.settings} if old.settings.get(name) != new.settings.get(name)]
+    return (
+        "; ".join(f"{name} was {old.settings.get(name)!r}, is {new.settings.get(name)!r}" for name in names)
+        or "the cut into shards and batches, made by another version of this program"
+    )
 
 
 def _is_sound(run_dir: Path, line: ManifestLine, shards: list[PlannedShard]) -> bool:
