@@ -129,7 +129,7 @@ def _journey(
     return Journey(
         dataset=info.dataset,
         sequence_id=info.sequence_id,
-        sequence_key=info.sequence_key,
+        sequence_key=trace.sequence_key,
         split=info.split,
         num_tokens=info.num_tokens,
         tokens_T=readable_tokens(trace.tokens_T),

@@ -28,13 +28,14 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _trace_facts(folder: Path) -> dict[str, Any]:
+    import numpy as np
+
     from traces.reader import TraceDataset
 
     dataset = TraceDataset(folder)
     spec = dataset.spec
-    sequences: dict[str, int] = {}
-    for entry in dataset.index:
-        sequences[entry.dataset] = sequences.get(entry.dataset, 0) + 1
+    counts = np.bincount(dataset.index.dataset_S, minlength=len(dataset.datasets))
+    sequences = sorted(zip(dataset.datasets, counts, strict=True))
     return {
         "kind": "trace folder",
         "model": spec.model_name,
@@ -46,7 +47,7 @@ def _trace_facts(folder: Path) -> dict[str, Any]:
         "shards": len(dataset.shard_paths),
         "sequences": dataset.num_sequences,
         "tokens": dataset.num_tokens,
-        "data sets": ", ".join(f"{name} {count}" for name, count in sorted(sequences.items())),
+        "data sets": ", ".join(f"{name} {count}" for name, count in sequences),
     }
 
 

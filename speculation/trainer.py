@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from groundwork import atomic
@@ -69,8 +70,8 @@ def train(settings: TrainSettings) -> Path:
     predictor = create(settings.predictor, **settings.options)
     dataset = TraceDataset(settings.shard_dir)
     predictor.check_columns(dataset, str(settings.shard_dir))
-    training = [i for window in dataset.order("train", hold_out=settings.hold_out_dataset) for i in window]
-    if not training:
+    windows = dataset.order("train", hold_out=settings.hold_out_dataset)
+    if not windows:
         raise ConfigurationError(
             f"{settings.shard_dir}: none of its {dataset.num_sequences} sequences is in the train split; collect more"
         )
@@ -84,13 +85,14 @@ def train(settings: TrainSettings) -> Path:
     shape = RoutingShape.of(dataset)
     counts = count_routing(dataset, "train", settings.hold_out_dataset)
     counts.save(folder / BASELINES_FILE)
+    training, index = np.concatenate(windows), dataset.index
     provenance: dict[str, Any] = {
         "traced_model": dataset.spec.model_name,
         "traced_quantization": dataset.spec.quantization,
         "plan_fingerprint": dataset.spec.plan_fingerprint,
         "train_sequences": len(training),
-        "train_tokens": sum(dataset.index[i].num_tokens for i in training),
-        "datasets": sorted({dataset.index[i].dataset for i in training}),
+        "train_tokens": int(index.num_tokens_S[training].sum()),
+        "datasets": sorted(index.datasets[code] for code in np.unique(index.dataset_S[training])),
         "hold_out_dataset": sorted(settings.hold_out_dataset),
         "columns": predictor.sees(dataset.available),
         "library_versions": library_versions(),

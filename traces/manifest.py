@@ -22,7 +22,11 @@ MANIFEST_NAME = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class ManifestLine:
-    """One finished shard: its file in `data/`, half-open sequence range, size, checksum, and notes on the way."""
+    """One finished shard: its file in `data/`, half-open sequence range, size, checksums, and notes on the way.
+
+    `sha256` covers the whole file. `footer_blake2b` and `chunk_crc32` cover parts of it, so that a reader checks just
+    the bytes it decodes: the footer, and each column's chunk in each row group.
+    """
 
     shard: str
     index: int
@@ -32,6 +36,8 @@ class ManifestLine:
     tokens: int  # rows
     bytes: int
     sha256: str
+    footer_blake2b: str
+    chunk_crc32: tuple[tuple[int, ...], ...]  # [row group][column]
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -89,7 +95,8 @@ def _parse_line(text: bytes) -> ManifestLine | None:
     try:
         values: dict[str, Any] = json.loads(text)
         del values["digest"]
-        line = ManifestLine(**values | {"notes": tuple(values["notes"])})
+        crc = tuple(tuple(group) for group in values["chunk_crc32"])
+        line = ManifestLine(**values | {"notes": tuple(values["notes"]), "chunk_crc32": crc})
         return line if line.render() == text + b"\n" else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -95,16 +95,12 @@ class Plan:
     def load(cls, run_dir: Path) -> Self:
         """Read a run's plan; raises ConfigurationError where it is missing or not what was saved."""
         path, table_path = run_dir / PLAN_NAME, run_dir / SEQUENCES_NAME
-        for each in (path, table_path):
-            if not each.is_file():
-                raise ConfigurationError(f"{each}: missing; the folder holds no complete run, collect into it first")
+        values = _read_values(path)
+        if not table_path.is_file():
+            raise _missing(table_path)
         try:
-            text, table = path.read_bytes(), table_path.read_bytes()
-            values = json.loads(text)
-            checksum = values["sequences_sha256"]
-            if _with_digest({name: value for name, value in values.items() if name != "digest"}) != text:
-                raise ValueError("the content differs from its own digest")
-            if hashlib.sha256(table).hexdigest() != checksum:
+            table = table_path.read_bytes()
+            if hashlib.sha256(table).hexdigest() != values["sequences_sha256"]:
                 raise ConfigurationError(
                     f"{table_path}: sha256 differs from the one in {PLAN_NAME}; restore the file or collect again"
                 )
@@ -113,13 +109,11 @@ class Plan:
                 spec=TraceSpec.from_json(values["spec"]),
                 settings=values["settings"],
                 sources=values["sources"],
-                shards=[PlannedShard(**shard) for shard in values["shards"]],
+                shards=_shards(values),
                 sequences=pq.read_table(io.BytesIO(table)).replace_schema_metadata(None),
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigurationError(
-                f"{path}: not a plan as it was saved ({error}); restore the file or collect again"
-            ) from error
+            raise _damaged(path, error) from error
 
     def _render(self, sequences_sha256: str) -> bytes:
         values = {
@@ -131,6 +125,42 @@ class Plan:
             "sequences_sha256": sequences_sha256,
         }
         return _with_digest(values)
+
+
+def planned_shards(run_dir: Path) -> list[PlannedShard]:
+    """Return the shards that plan.json names, without reading plan.parquet; raises as `load` does."""
+    path = run_dir / PLAN_NAME
+    values = _read_values(path)
+    try:
+        return _shards(values)
+    except (KeyError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    """Return what plan.json holds; raises ConfigurationError where it is missing or differs from its own digest."""
+    if not path.is_file():
+        raise _missing(path)
+    try:
+        text = path.read_bytes()
+        values: dict[str, Any] = json.loads(text)
+        if _with_digest({name: value for name, value in values.items() if name != "digest"}) != text:
+            raise ValueError("the content differs from its own digest")
+        return values
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+
+
+def _shards(values: dict[str, Any]) -> list[PlannedShard]:
+    return [PlannedShard(**shard) for shard in values["shards"]]
+
+
+def _missing(path: Path) -> ConfigurationError:
+    return ConfigurationError(f"{path}: missing; the folder holds no complete run, collect into it first")
+
+
+def _damaged(path: Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError(f"{path}: not a plan as it was saved ({error}); restore the file or collect again")
 
 
 def _with_digest(values: dict[str, Any]) -> bytes:

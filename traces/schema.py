@@ -19,6 +19,7 @@ OPTIONAL_COLUMNS = ("weights", "logits", "lookahead")
 PHASES = {"prefill": 0, "decode": 1}
 SPEC_KEY = b"routing_trace"  # footer: the spec as JSON, equal in every shard of a run
 SHARD_KEY = b"routing_trace_shard"  # footer: this shard's index and sequence range
+ROW_GROUP_BYTES = 64 * 2**20  # decoded; what a reader must hold at least
 STRING_BYTES = 32  # allowance per token for the three string columns once decoded: offsets, and a short token
 NORMALIZED_TOLERANCE = 0.01  # K float16 weights near 1/K sum to 1 within K * 2**-12; ten times that for K = 8
 
@@ -115,6 +116,11 @@ class TraceSpec:
         return {"expert_ids": (layers, self.top_k)} | dict(optional[name] for name in optional if name in self.store)
 
     @property
+    def dtypes(self) -> dict[str, np.dtype[Any]]:
+        """Return the list columns that exist and the type of their numbers."""
+        return {name: self.id_dtype if name == "expert_ids" else np.dtype(np.float16) for name in self.shapes}
+
+    @property
     def widths(self) -> dict[str, int]:
         """Return the list columns that exist and their numbers per token: `expert_ids` L*K and so on."""
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
@@ -139,9 +145,7 @@ def arrow_schema(spec: TraceSpec) -> pa.Schema:
 
 def decoded_bytes_per_token(spec: TraceSpec) -> int:
     """Return the bytes one token takes in memory, all columns read: exact for numbers, an allowance for strings."""
-    numbers = sum(
-        width * (spec.id_dtype.itemsize if name == "expert_ids" else 2) for name, width in spec.widths.items()
-    )
+    numbers = sum(width * spec.dtypes[name].itemsize for name, width in spec.widths.items())
     return numbers + 4 + 4 + 1 + 4 + STRING_BYTES
 
 

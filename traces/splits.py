@@ -14,6 +14,8 @@ from groundwork.errors import ConfigurationError
 # Upper ends of the half-open intervals of u in [0, 1).
 _BOUNDS = ((0.80, "train"), (0.85, "validation_stop"), (0.90, "validation_fit"), (1.0, "test"))
 
+ELEMENTARY_SPLITS = [name for _, name in _BOUNDS]
+
 SPLITS: dict[str, frozenset[str]] = {
     "train": frozenset({"train"}),
     "validation": frozenset({"validation_stop", "validation_fit"}),

@@ -7,16 +7,19 @@ footers against the plan, pages against their checksums, rows against the planne
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from groundwork.progress import progress
+from traces.checksums import checksums, file_sha256
+from traces.index import check_shard
 from traces.manifest import MANIFEST_NAME, ManifestLine, parse_manifest
 from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan, shard_name
-from traces.schema import TraceSpec, routing_fault
-from traces.shards import ShardFooter, find_shards, first_line, index_shard, list_values, parse_footer, read_row_group
-from traces.writer import file_sha256
+from traces.schema import routing_fault
+from traces.shards import Shard, find_shards, first_line, parse_shard
 
 COLLECT_AGAIN = "restore the file from a copy, or delete it and its manifest line and collect again with --resume"
 RESTORE = "restore the file from a copy, or collect again into a new folder"
@@ -107,7 +110,7 @@ def _check_ranges(run_dir: Path, lines: list[ManifestLine], plan: Plan | None) -
 
 
 def _check_file(path: Path, line: ManifestLine | None, plan: Plan | None) -> Iterator[Fault]:
-    """Check one entry of `data/`: its kind, its checksum, its content."""
+    """Check one entry of `data/`: its kind, its checksums, its content."""
     if path.is_symlink() or not path.is_file():
         yield Fault(path, "not a plain file", "move it away: only shards belong in this folder")
         return
@@ -118,17 +121,20 @@ def _check_file(path: Path, line: ManifestLine | None, plan: Plan | None) -> Ite
         yield Fault(path, "sha256 differs from its manifest line", COLLECT_AGAIN)
         return
     try:
-        footer = parse_footer(path)
+        shard = parse_shard(path)
     except ValueError as error:
         yield Fault(path, f"not a sound shard ({error})", COLLECT_AGAIN if line else "move it away")
         return
     if line is None:
         yield Fault(path, "not in the manifest", COLLECT_AGAIN)
-    if plan is not None and footer.spec != plan.spec:
-        yield Fault(path, f"its footer is of another run (plan {footer.spec.plan_fingerprint})", "move it away")
+    elif any(getattr(line, name) != value for name, value in checksums(path)._asdict().items()):
+        yield Fault(path, "the checksums of its parts differ from its manifest line", COLLECT_AGAIN)
+        return
+    if plan is not None and shard.spec != plan.spec:
+        yield Fault(path, f"its footer is of another run (plan {shard.spec.plan_fingerprint})", "move it away")
         return
     try:
-        problem = _check_rows(path, footer, plan)
+        problem = _check_rows(shard, plan)
     except ConfigurationError as error:
         problem = str(error).removeprefix(f"{path}: ").partition(";")[0]
     except ExpertSpeculationError as error:
@@ -137,32 +143,46 @@ def _check_file(path: Path, line: ManifestLine | None, plan: Plan | None) -> Ite
         yield Fault(path, problem, COLLECT_AGAIN)
 
 
-def _check_rows(path: Path, footer: ShardFooter, plan: Plan | None) -> str | None:
+def _check_rows(shard: Shard, plan: Plan | None) -> str | None:
     """Return the first thing that is wrong with a shard's rows, or None."""
-    infos = list(index_shard(path, footer, 0))
-    if plan is not None:
-        own = plan.sequences.slice(footer.planned.first_sequence, len(infos))
-        names = ("dataset", "sequence_key", "num_tokens")
-        wanted = zip(*(own[name].to_pylist() for name in names), strict=True)
-        for info, planned in zip(infos, wanted, strict=False):
-            if (info.dataset, info.sequence_key, info.num_tokens) != planned:
-                return f"sequence {info.sequence_id} is not the planned one"
-        if footer.planned not in plan.shards:
-            return "its range is not a planned one"
-    for group in range(footer.metadata.num_row_groups):
-        problem = _check_row_group(path, footer, group)
+    if plan is not None and shard.planned not in plan.shards:
+        return "its range is not a planned one"
+    done = shard.planned.first_sequence
+    for group, found in enumerate(check_shard(shard)):
+        count = len(found["num_tokens"])
+        if plan is not None:
+            problem = _check_names(shard, group, found, plan.sequences.slice(done, count))
+            if problem:
+                return problem
+        done += count
+        problem = _check_values(shard, group)
         if problem:
             return f"row group {group}: {problem}"
     return None
 
 
-def _check_row_group(path: Path, footer: ShardFooter, group: int) -> str | None:
-    spec: TraceSpec = footer.spec
-    names = ["phase", "token", *spec.widths]
-    table = read_row_group(path, group, names, footer.metadata)
-    if table["phase"].to_numpy().max() > 1:
+def _check_names(shard: Shard, group: int, found: dict[str, Any], planned: pa.Table) -> str | None:
+    """Compare a row group's sequences with the planned ones."""
+    table = shard.table(group, ["dataset", "sequence_key"]).take(pa.array(found["row_offset"]))
+    names = ("dataset", "sequence_key")
+    own = zip(*(table[name].to_pylist() for name in names), found["num_tokens"].tolist(), strict=True)
+    wanted = zip(*(planned[name].to_pylist() for name in (*names, "num_tokens")), strict=True)
+    for number, (have, want) in enumerate(zip(own, wanted, strict=True)):
+        if have != want:
+            return f"sequence {found['sequence_id'][number]} is not the planned one"
+    return None
+
+
+def _check_values(shard: Shard, group: int) -> str | None:
+    """Check what the columns of a row group hold, and that Arrow decodes the same lists as `pages` does."""
+    spec = shard.spec
+    if shard.table(group, ["phase", "token"])["phase"].to_numpy().max() > 1:
         return "a phase that is neither 0 nor 1"
-    values = {name: list_values(table[name]).reshape(-1, *shape) for name, shape in spec.shapes.items()}
+    values = shard.lists(group, list(spec.shapes))
+    for name, array in values.items():
+        column = shard.arrow_table(group, [name])[name].combine_chunks()
+        if not np.array_equal(column.flatten().to_numpy(zero_copy_only=True), array.reshape(-1), equal_nan=True):
+            return f"{name} reads differently through Arrow"
     for name in ("router_logits", "lookahead_logits"):
         if name in values and not np.isfinite(values[name]).all():
             return f"{name} holds values that are not finite"

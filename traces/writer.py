@@ -8,7 +8,6 @@ safety from power loss on disks that lie about fsync. Memory: one row group, at 
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -24,14 +23,14 @@ from numpy.typing import NDArray
 
 from groundwork.atomic import fsync_folder
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
+from traces.checksums import checksums, file_sha256
 from traces.manifest import ManifestLine, append_line
 from traces.plan import PlannedShard
-from traces.schema import SHARD_KEY, SequenceTrace, TraceSpec, arrow_schema, decoded_bytes_per_token
+from traces.schema import ROW_GROUP_BYTES, SHARD_KEY, SequenceTrace, TraceSpec, arrow_schema, decoded_bytes_per_token
 
-__all__ = ["ROW_GROUP_BYTES", "ShardWriter", "decoded_bytes_per_token", "file_sha256", "lock_run"]
+__all__ = ["ROW_GROUP_BYTES", "ShardWriter", "file_sha256", "lock_run"]
 
 ROW_GROUP_TOKENS = 65536  # 32-64k tokens read fastest (docs/TRACE_FORMAT.md)
-ROW_GROUP_BYTES = 64 * 2**20  # decoded
 
 
 class ShardWriter:
@@ -71,7 +70,8 @@ class ShardWriter:
     ) -> None:
         with contextlib.suppress(OSError):  # on a full disk the footer can not be written either
             self._close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # nor what is still buffered; the file is closed all the same
+            self._file.close()
         self.temporary.unlink(missing_ok=True)
 
     def write(self, sequence: SequenceTrace) -> None:
@@ -116,8 +116,7 @@ class ShardWriter:
             stop_sequence=self.planned.stop_sequence,
             sequences=self.planned.stop_sequence - self.planned.first_sequence,
             tokens=self._tokens,
-            bytes=self.temporary.stat().st_size,
-            sha256=file_sha256(self.temporary),
+            **checksums(self.temporary)._asdict(),
             seconds=round(time.monotonic() - self._started, 3),
             notes=tuple(notes),
         )
@@ -215,12 +214,6 @@ def _naming(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def file_sha256(path: Path) -> str:
-    """Return the file's sha256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _shard_footer(planned: PlannedShard) -> bytes:
     return json.dumps(
         {
@@ -233,16 +226,15 @@ def _shard_footer(planned: PlannedShard) -> bytes:
 
 
 def _options(spec: TraceSpec) -> dict[str, Any]:
-    """Return the Parquet settings measured best: dictionary for repeated values, byte-stream-split for float16."""
-    floats = [f"{name}.list.element" for name in spec.widths if name != "expert_ids"]
+    """Return the Parquet settings measured best (benchmarks/trace_format.py): lists byte-stream-split, for `pages`."""
+    narrow = [name for name in arrow_schema(spec).names if name not in spec.widths]
+    lists = [f"{name}.list.element" for name in spec.widths]
     return {
         "compression": "zstd",
         "compression_level": 3,
-        "use_dictionary": [
-            *("dataset", "sequence_id", "sequence_key", "phase", "token_id", "token"),
-            "expert_ids.list.element",
-        ],
-        "column_encoding": {"position": "DELTA_BINARY_PACKED"} | dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
+        "use_dictionary": [name for name in narrow if name != "position"],
+        "column_encoding": {"position": "DELTA_BINARY_PACKED"} | dict.fromkeys(lists, "BYTE_STREAM_SPLIT"),
+        "write_statistics": narrow,
         "write_page_checksum": True,
     }
 

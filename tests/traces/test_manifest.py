@@ -14,6 +14,7 @@ from traces.manifest import MANIFEST_NAME, ManifestLine, append_line, parse_mani
 def line(index: int, **changes) -> ManifestLine:
     values = {"shard": f"train-{index:05d}.parquet", "index": index, "first_sequence": 10 * index, "seconds": 1.5}
     values |= {"stop_sequence": 10 * index + 10, "sequences": 10, "tokens": 99, "bytes": 1234, "sha256": "ab" * 32}
+    values |= {"footer_blake2b": "cd" * 16, "chunk_crc32": ((1, 2**32 - 1), (0, 5))}
     return ManifestLine(**values | changes)
 
 

@@ -1,6 +1,7 @@
 """What is read is what was written, in every split, order and choice of columns; what is no trace is refused."""
 
 import contextlib
+import json
 import shutil
 import tempfile
 from collections import Counter
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from traces.reader import TraceDataset
@@ -162,11 +164,14 @@ def test_what_is_no_trace_folder_is_refused_with_a_remedy(tmp_path):
             TraceDataset(tmp_path / name)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "empty" / "foreign.parquet")
     with pytest.raises(
-        ConfigurationError, match=r"foreign\.parquet: not a routing-trace shard \(no routing-trace metadata"
+        ConfigurationError, match=r"foreign\.parquet: not a sound routing-trace shard \(no routing-trace metadata"
     ):
         TraceDataset(tmp_path / "empty")
     (tmp_path / "empty" / "foreign.parquet").write_bytes(b"PAR1")
-    with pytest.raises(ConfigurationError, match=r"foreign\.parquet: not a routing-trace shard .*move it away"):
+    with pytest.raises(
+        ConfigurationError,
+        match=r"foreign\.parquet: not a sound .*collect it again",
+    ):
         TraceDataset(tmp_path / "empty")
 
 
@@ -174,25 +179,106 @@ def test_footers_that_disagree_are_refused_with_field_and_values(tmp_path, make_
     for name, spec in {"a": make_spec(), "b": make_spec(quantization="nf4")}.items():
         write_run(tmp_path / name, spec, make_sequences(spec, [4, 5]), shards=2)
     shutil.copy(tmp_path / "b/data/train-00001.parquet", tmp_path / "a/data/train-00001.parquet")
+    with pytest.raises(ConfigurationError, match=r"train-00001\.parquet: .*footer differs from its manifest line"):
+        TraceDataset(tmp_path / "a")
+    (tmp_path / "a" / "data").rename(tmp_path / "bare")
     with pytest.raises(
         ConfigurationError, match=r"train-00001\.parquet: quantization is 'nf4', but 'none' in train-00000"
     ):
-        TraceDataset(tmp_path / "a")
+        TraceDataset(tmp_path / "bare")
 
 
-def test_renamed_and_damaged_shards_are_refused_by_name(run, tmp_path):
+def test_renamed_linked_and_damaged_shards_are_refused_by_name(run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(run[0], folder)
     path = folder / "data/train-00001.parquet"
-    path.rename(folder / "data/train-00007.parquet")
-    with pytest.raises(ConfigurationError, match=r"train-00007\.parquet: .*its footer is that of train-00001\.parquet"):
+    renamed = folder / "data/train-00007.parquet"
+    path.rename(renamed)
+    with pytest.raises(ConfigurationError, match=r"train-00001\.parquet: missing, but the manifest lists it"):
         TraceDataset(folder)
-    content = bytearray((folder / "data/train-00007.parquet").read_bytes())
+    path.symlink_to(renamed)
+    with pytest.raises(ConfigurationError, match=r"train-00001\.parquet: .*a link"):
+        TraceDataset(folder)
+    path.unlink()
+    content = bytearray(renamed.read_bytes())
     content[len(content) // 3] ^= 4
-    (folder / "data/train-00007.parquet").unlink()
     path.write_bytes(content)
     with pytest.raises(ExpertSpeculationError, match=r"train-00001\.parquet: .*run 'expert-speculation verify'"):
         list(TraceDataset(folder).sequences("all", EVERYTHING))
+    shutil.copytree(folder / "data", tmp_path / "bare")
+    with pytest.raises(ConfigurationError, match=r"train-00007\.parquet: .*its footer is that of train-00001\.parquet"):
+        TraceDataset(tmp_path / "bare")
+
+
+def test_the_manifest_decides_what_is_read(run, tmp_path, capsys):
+    """A run that was killed: a shard in place but not listed is not read, and what is missing is said."""
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    manifest = folder / "manifest.jsonl"
+    lines = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(b"".join(lines[:2]))
+    dataset = TraceDataset(folder)
+    assert len(list(dataset.sequences())) == dataset.num_sequences < 200
+    said = capsys.readouterr().err
+    assert "train-00002.parquet left out, not in the manifest" in said
+    assert "2 of 3 planned shards are there; finish the run with --resume" in said
+    for damaged, problem in {b"": "lists no finished shard", lines[0] * 2: "lists a shard twice"}.items():
+        manifest.write_bytes(damaged)
+        with pytest.raises(ConfigurationError, match=rf"manifest\.jsonl: {problem}.*--repair"):
+            TraceDataset(folder)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_a_stream_goes_on_in_another_process_exactly_where_its_state_stands(run, seed):
+    stream = TraceDataset(run[0]).sequences("train", (), shuffle_seed=seed)
+    order = [each.sequence_id for each in TraceDataset(run[0]).sequences("train", (), shuffle_seed=seed)]
+    assert len(stream) == len(order)
+    for done in range(len(order) + 1):
+        state = json.loads(json.dumps(stream.state_dict()))
+        assert (state["position"], state["sequence_id"]) == (done, order[done] if done < len(order) else None)
+        if done in (0, 1, 70, len(order)):
+            other = TraceDataset(run[0]).sequences("train", (), shuffle_seed=seed)
+            other.load_state_dict(state)
+            assert [each.sequence_id for each in other] == order[done:]
+        next(stream, None)
+
+
+def test_a_state_of_another_order_is_refused(run):
+    dataset = TraceDataset(run[0])
+    stream = dataset.sequences("train", (), shuffle_seed=1)
+    next(stream)
+    for other in (
+        dataset.sequences("train", (), shuffle_seed=2),
+        dataset.sequences("test", (), shuffle_seed=1),
+        dataset.sequences("train", (), shuffle_seed=1, worker=(0, 2)),
+    ):
+        with pytest.raises(ConfigurationError, match=r"the reading state stands before sequence .* of another order"):
+            other.load_state_dict(stream.state_dict())
+        assert other.position == 0
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_worker_processes_share_the_sequences_without_duplicates(run, seed):
+    class Everything(IterableDataset):
+        def __iter__(self):
+            info = get_worker_info()
+            parts = TraceDataset(run[0]).sequences("all", (), shuffle_seed=seed, worker=(info.id, info.num_workers))
+            return (each.sequence_id for each in parts)
+
+    loader = DataLoader(Everything(), batch_size=None, num_workers=2, multiprocessing_context="fork")
+    assert sorted(loader) == list(range(200))
+
+
+def test_layers_are_chosen_in_the_order_given(run):
+    dataset = TraceDataset(run[0])
+    for part, whole in zip(
+        dataset.sequences("test", EVERYTHING, layers=[2, 0]), dataset.sequences("test", EVERYTHING), strict=True
+    ):
+        assert np.array_equal(part.expert_ids_TLK, whole.expert_ids_TLK[:, [2, 0]])
+        assert np.array_equal(part.routing_weights_TLK, whole.routing_weights_TLK[:, [2, 0]])
+        assert np.array_equal(part.router_logits_TLE, whole.router_logits_TLE[:, [2, 0]])
+    with pytest.raises(ValueError, match=r"layers \[3\] are not all in 0\.\.2"):
+        dataset.sequences(layers=[3])
 
 
 @settings(max_examples=150, deadline=None)
@@ -206,6 +292,11 @@ def test_no_flipped_bit_makes_a_shard_read_silently_wrong(small, place, bit):
         found = sequences
         with contextlib.suppress(ExpertSpeculationError):
             found = list(TraceDataset(Path(flipped)).sequences("all", EVERYTHING))
+        run = Path(shutil.copytree(folder, Path(flipped) / "run"))
+        (run / "data/train-00000.parquet").write_bytes(content)
+        if int(place * len(content)) >= 4:  # the opening magic is all that the manifest's parts do not cover
+            with pytest.raises(ExpertSpeculationError):
+                list(TraceDataset(run).sequences("all", EVERYTHING))
     for each, written in zip(found, sequences, strict=True):
         assert_equal(each, written)
 

@@ -1,0 +1,81 @@
+"""The checksums of a shard: of the whole file, of its footer, and of every column chunk, as a manifest line holds them.
+
+The parts let a reader check just the bytes that it decodes, headers included, which Parquet's own page checksums leave
+out.
+"""
+
+import hashlib
+import zlib
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FOOTER_LIMIT = 64 * 2**20  # bytes; a footer takes about 150 bytes a column chunk
+_MAGIC = b"PAR1"
+
+
+class Checksums(NamedTuple):
+    """The fields of a manifest line that vouch for a file's bytes."""
+
+    bytes: int
+    sha256: str
+    footer_blake2b: str
+    chunk_crc32: tuple[tuple[int, ...], ...]  # [row group][column]
+
+
+def checksums(path: Path) -> Checksums:
+    """Return the checksums of a shard; raises ValueError or pyarrow's errors where it has no sound footer."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        footer = read_footer_bytes(file)
+        metadata = parse_metadata(footer)
+        crc = tuple(
+            tuple(zlib.crc32(read_chunk(file, group.column(column))) for column in range(metadata.num_columns))
+            for group in map(metadata.row_group, range(metadata.num_row_groups))
+        )
+        return Checksums(file.seek(0, 2), digest, footer_digest(footer), crc)
+
+
+def read_footer_bytes(file: BinaryIO) -> bytes:
+    """Return the footer with its length and the closing magic; raises ValueError where there is none."""
+    size = file.seek(0, 2)
+    file.seek(max(size - 8, 0))
+    end = file.read()
+    length = int.from_bytes(end[:4], "little") + 8
+    if end[4:] != _MAGIC or length > size:
+        raise ValueError("it does not end in a Parquet footer")
+    if length > FOOTER_LIMIT:
+        raise ValueError(f"its footer takes {length} bytes")
+    file.seek(size - length)
+    return file.read()
+
+
+def parse_metadata(footer: bytes) -> pq.FileMetaData:
+    """Return Parquet's metadata from a footer's bytes."""
+    return pq.read_metadata(pa.BufferReader(footer))
+
+
+def footer_digest(footer: bytes) -> str:
+    """Return the blake2b of a footer's bytes."""
+    return hashlib.blake2b(footer, digest_size=16).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Return the file's sha256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def chunk_range(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    """Return the offset and length in bytes of a column chunk, dictionary page included."""
+    start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    return start, column.total_compressed_size
+
+
+def read_chunk(file: BinaryIO, column: pq.ColumnChunkMetaData) -> bytes:
+    """Return the bytes of a column chunk; fewer than the footer says where the file ends before."""
+    start, length = chunk_range(column)
+    file.seek(start)
+    return file.read(length)
