@@ -12,7 +12,8 @@ from typing import BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FOOTER_LIMIT = 64 * 2**20  # bytes; a footer takes about 150 bytes a column chunk
+FOOTER_LIMIT = 2**20  # bytes, or FOOTER_SHARE of a larger file; parsed, a footer can take 150 times as much
+FOOTER_SHARE = 1 / 64  # a row group takes 1.5 kB of footer and a megabyte or more of data
 _MAGIC = b"PAR1"
 
 
@@ -46,7 +47,7 @@ def read_footer_bytes(file: BinaryIO) -> bytes:
     length = int.from_bytes(end[:4], "little") + 8
     if end[4:] != _MAGIC or length > size:
         raise ValueError("it does not end in a Parquet footer")
-    if length > FOOTER_LIMIT:
+    if length > max(FOOTER_LIMIT, FOOTER_SHARE * size):
         raise ValueError(f"its footer takes {length} bytes")
     file.seek(size - length)
     return file.read()
@@ -74,8 +75,14 @@ def chunk_range(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
     return start, column.total_compressed_size
 
 
-def read_chunk(file: BinaryIO, column: pq.ColumnChunkMetaData) -> bytes:
-    """Return the bytes of a column chunk; fewer than the footer says where the file ends before."""
+def read_chunk(file: BinaryIO, column: pq.ColumnChunkMetaData) -> memoryview:
+    """Return the bytes of a column chunk; raises ValueError where the file ends before.
+
+    They lie in Arrow's memory, which stays with the process when freed: fresh pages cost as much as reading.
+    """
     start, length = chunk_range(column)
+    buffer = memoryview(pa.allocate_buffer(length)).cast("B")
     file.seek(start)
-    return file.read(length)
+    if file.readinto(buffer) != length:  # type: ignore[attr-defined]
+        raise ValueError(f"the file ends within a column of {length} bytes")
+    return buffer
