@@ -1,12 +1,13 @@
 # make demo   the whole main job on the embedded mini-Mixtral
 # make test   linters, types and tests
-# Both set up .venv first, when it is missing or older than what it is made from.
+# make soak   kills collections at random times and compares what they end with; about half an hour
+# All set up .venv first, when it is missing or older than what it is made from.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types tests docs clean
+.PHONY: demo test lint types tests soak docs clean
 
 demo: $(READY)
 	$(BIN)/expert-speculation demo --output_dir demo
@@ -22,6 +23,9 @@ types: $(READY)
 
 tests: $(READY)
 	$(BIN)/pytest
+
+soak: $(READY)
+	$(BIN)/python benchmarks/soak.py
 
 docs: $(READY)
 	$(BIN)/python -m expert_speculation.reference docs/CLI.md

@@ -1,35 +1,26 @@
 """The collection run: texts are drawn, the model is loaded, a plan is saved, and batch after batch becomes shards."""
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from itertools import groupby
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import AutoConfig
 
-from collection.datasets import resolve
-from collection.plan import Layout, lay_out, make_plan, make_spec
-from collection.sampling import Draw, draw
+from collection.plan import Layout, make_plan, make_spec
+from collection.preparation import prepare, shortfall
 from collection.settings import CollectSettings
 from collection.tokens import TokenText
+from collection.tracing import trace_shards
 from groundwork.errors import ConfigurationError, IncompleteError
-from groundwork.hardware import choose_device, describe_device
-from groundwork.progress import Progress, log, progress
-from groundwork.provenance import library_versions
-from moe.load import LoadedModel, describe_model, load_model, load_tokenizer
+from groundwork.hardware import describe_device
+from groundwork.progress import log
+from moe.load import LoadedModel, load_model
 from moe.resident import ResidentTracer
 from moe.routers import find_routers
-from moe.source import find_source
 from traces.card import write_card
-from traces.plan import Plan, estimated_bytes_per_token
-from traces.run_folder import begin, check_folder, check_free_space
-from traces.schema import PHASES, SequenceTrace, TraceSpec
-from traces.writer import ShardWriter, lock_run
+from traces.plan import estimated_bytes_per_token
+from traces.run_folder import begin, check_free_space, writing
 
 __all__ = ["CollectResult", "CollectSettings", "collect", "dry_run"]
 
@@ -52,32 +43,31 @@ class CollectResult:
 
 
 def collect(settings: CollectSettings) -> CollectResult:
-    """Trace the texts that `settings` name and write them as a run folder.
+    """Trace the texts that `settings` name and write them as a run folder, or finish the one that is resumed.
 
     Raises ConfigurationError for anything that can not work, if possible before weights are loaded, and IncompleteError
-    once all is written where a source had fewer usable texts than its share.
+    once all is written where a source had fewer usable texts than its share. KeyboardInterrupt leaves a run that
+    `resume` continues.
     """
     started = time.monotonic()
-    ready = _prepare(settings)
-    settings = ready.settings
-    loaded = load_model(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        attn_implementation=settings.attn_implementation,
-        experts_implementation=settings.experts_implementation,
-    )
-    routers = find_routers(loaded.model)
-    spec = make_spec(loaded, routers, settings)
-    layout = lay_out(ready.draws, spec, settings)
-    _check_tokens(loaded, layout)
-    run_dir, plan = ready.run_dir, make_plan(layout, ready.draws, spec, settings, loaded)
-    check_free_space(run_dir, plan)
-    with lock_run(run_dir):
+    prepared = prepare(settings)
+    settings, layout, run_dir = prepared.settings, prepared.layout, prepared.run_dir
+    with writing(run_dir):
+        loaded = load_model(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            quantization=settings.quantization,
+            attn_implementation=settings.attn_implementation,
+            experts_implementation=settings.experts_implementation,
+        )
+        _check_tokens(loaded, layout)
+        routers = find_routers(loaded.model)
+        plan = make_plan(layout, prepared.draws, make_spec(loaded, routers, settings), prepared.identity, loaded)
+        check_free_space(run_dir, plan)
         plan, finished = begin(run_dir, plan, resume=settings.resume)
         with ResidentTracer(loaded.model, routers, store=plan.spec.store, horizons=plan.spec.horizons) as tracer:
-            _trace(run_dir, plan, layout, finished, tracer, TokenText(loaded.tokenizer))
+            trace_shards(run_dir, plan, layout, finished, tracer, TokenText(loaded.tokenizer))
         write_card(run_dir)
     result = CollectResult(
         run_dir=run_dir,
@@ -93,7 +83,7 @@ def collect(settings: CollectSettings) -> CollectResult:
         f"{describe_device(loaded.device)}; {result.padding_share:.1%} of the positions were padding"
     )
     if result.sequences < settings.target_traces:
-        raise IncompleteError(f"{run_dir}: holds {_shortfall(ready.draws)}")
+        raise IncompleteError(f"{run_dir}: holds {shortfall(prepared.draws)}")
     return result
 
 
@@ -102,38 +92,16 @@ def dry_run(settings: CollectSettings) -> dict[str, Any]:
 
     `bytes` is an estimate. Raises ConfigurationError as `collect` does.
     """
-    ready = _prepare(settings)
-    settings, model = ready.settings, ready.model
-    spec = TraceSpec(
-        model_name=model["name"],
-        model_revision=model["revision"],
-        num_layers=model["num_layers"],
-        num_experts=model["num_experts"],
-        top_k=model["top_k"],
-        moe_layers=tuple(model["moe_layers"]),
-        expert_order="weight",
-        weights_normalized=model["weights_normalized"],
-        quantization=settings.quantization,
-        model_dtype=model["dtype"],
-        router_dtype=model["dtype"],
-        attn_implementation=settings.attn_implementation,
-        experts_implementation=settings.experts_implementation,
-        library_versions=library_versions(),
-        tokenizer_hash=None,
-        seed=settings.seed,
-        plan_fingerprint="",
-        store=settings.columns,
-        horizons=settings.horizons,
-    )
-    layout = lay_out(ready.draws, spec, settings)
+    prepared = prepare(settings)
+    layout, spec = prepared.layout, prepared.spec
     tokens = sum(layout.num_tokens_S)
     return {
-        "run_dir": str(ready.run_dir),
-        "model": model,
-        "device": describe_device(choose_device(settings.device)),
+        "run_dir": str(prepared.run_dir),
+        "model": prepared.model,
+        "device": describe_device(prepared.device),
         "store": list(spec.store),
         "lookahead": spec.horizons,
-        "sources": [each.facts for each in ready.draws],
+        "sources": [each.facts for each in prepared.draws],
         "sequences": len(layout.sequences),
         "tokens": tokens,
         "shards": len(layout.shards),
@@ -141,44 +109,6 @@ def dry_run(settings: CollectSettings) -> dict[str, Any]:
         "padding_share": layout.padding_share,
         "bytes": round(tokens * estimated_bytes_per_token(spec)),
     }
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """All that is known before weights are read: settings that fit the model, its description, the drawn texts."""
-
-    settings: CollectSettings
-    model: dict[str, Any]
-    run_dir: Path
-    draws: list[Draw]
-
-
-def _prepare(settings: CollectSettings) -> _Ready:
-    """Refuse what can be refused without weights, cheapest first, and draw the texts."""
-    sources = resolve(settings.datasets, settings.dataset_root)
-    model = describe_model(settings.model, settings.dtype)
-    run_dir = settings.run_dir(model["name"])
-    check_folder(run_dir, resume=settings.resume)
-    if settings.horizons >= model["num_layers"]:
-        raise ConfigurationError(
-            f"--lookahead {settings.horizons}: must be below the {model['num_layers']} MoE layers of {model['name']}; "
-            "lower it"
-        )
-    settings = _limit_length(settings, model)
-    draws = draw(sources, load_tokenizer(settings.model), settings)
-    if not any(each.sequences for each in draws):
-        raise IncompleteError(f"{run_dir}: nothing was written, for there are {_shortfall(draws)}")
-    return _Ready(settings, model, run_dir, draws)
-
-
-def _limit_length(settings: CollectSettings, model: dict[str, Any]) -> CollectSettings:
-    """Lower `max_length` to the number of positions that the model was made for, and say so."""
-    config = AutoConfig.from_pretrained(find_source(settings.model).folder, trust_remote_code=False)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or settings.max_length <= limit:
-        return settings
-    log(f"{model['name']} reads at most {limit} tokens: --max_length {settings.max_length} is lowered to that")
-    return replace(settings, max_length=limit)
 
 
 def _check_tokens(loaded: LoadedModel, layout: Layout) -> None:
@@ -191,77 +121,3 @@ def _check_tokens(loaded: LoadedModel, layout: Layout) -> None:
             f"{loaded.name}: its tokenizer gives token id {highest}, but the model knows {known}; put the model's own "
             "tokenizer files into its folder"
         )
-
-
-def _trace(
-    run_dir: Path, plan: Plan, layout: Layout, finished: set[int], tracer: ResidentTracer, text: TokenText
-) -> None:
-    """Run the unfinished shards' batches through the model and write each sequence as soon as its turn comes."""
-    shard_of = plan.sequences["shard"].to_numpy()
-    batches = {
-        plan.shards[int(index)]: list(group)
-        for index, group in groupby(layout.batches, key=lambda batch: shard_of[batch[0]])
-        if index not in finished
-    }
-    total = sum(shard.num_tokens for shard in batches)
-    bar: Progress[None] = progress(total=total, description="tracing", unit="token")
-    with bar:
-        for shard, own in batches.items():
-            waiting: dict[int, SequenceTrace] = {}  # bounded by the windows that batches are cut from
-            due = shard.first_sequence
-            with ShardWriter(run_dir, plan.spec, shard) as writer:
-                for batch in own:
-                    for sequence in _trace_batch(batch, layout, plan.spec, tracer, text):
-                        waiting[sequence.sequence_id] = sequence
-                        bar.update(sequence.num_tokens)
-                    while due in waiting:
-                        writer.write(waiting.pop(due))
-                        due += 1
-                writer.commit()
-
-
-def _trace_batch(
-    batch: list[int], layout: Layout, spec: TraceSpec, tracer: ResidentTracer, text: TokenText
-) -> Iterator[SequenceTrace]:
-    """Run one right-padded batch and yield its sequences, cut to their lengths."""
-    chosen = [layout.sequences[sequence_id] for sequence_id in batch]
-    lengths_B = torch.tensor([len(sequence.token_ids_T) for sequence in chosen])
-    input_ids_BT = torch.zeros(len(chosen), int(lengths_B.max()), dtype=torch.long)
-    for row, sequence in enumerate(chosen):
-        input_ids_BT[row, : lengths_B[row]] = torch.from_numpy(sequence.token_ids_T)
-    routing = tracer.trace(input_ids_BT, lengths_B)
-    for row, (sequence_id, sequence) in enumerate(zip(batch, chosen, strict=True)):
-        tokens = len(sequence.token_ids_T)
-
-        def cut(array_BT: torch.Tensor | None, row: int = row, tokens: int = tokens) -> NDArray[Any] | None:
-            # A copy, so that a sequence that waits to be written does not keep its whole batch in memory.
-            return None if array_BT is None else array_BT[row, :tokens].numpy().copy()
-
-        ids_TLK = cut(routing.expert_ids_BTLK)
-        assert ids_TLK is not None
-        yield SequenceTrace(
-            dataset=sequence.dataset,
-            sequence_id=sequence_id,
-            sequence_key=sequence.key,
-            token_ids_T=sequence.token_ids_T,
-            tokens_T=text.strings(sequence.token_ids_T.tolist()),
-            phase_T=np.full(tokens, PHASES["prefill"], np.uint8),
-            expert_ids_TLK=ids_TLK.astype(spec.id_dtype),
-            routing_weights_TLK=cut(routing.routing_weights_BTLK) if "weights" in spec.store else None,
-            router_logits_TLE=cut(routing.router_logits_BTLE),
-            lookahead_logits_THLE=cut(routing.lookahead_logits_BTHLE),
-        )
-
-
-def _shortfall(draws: list[Draw]) -> str:
-    """Say how many sequences there are of those asked for, and where the missing ones went."""
-    asked, had = sum(each.requested for each in draws), sum(len(each.sequences) for each in draws)
-    short = [
-        f"{each.source.name} gave {len(each.sequences)} of {each.requested} from {each.rows} rows ("
-        + (", ".join(f"{count} {reason}" for reason, count in sorted(each.skipped.items())) or "no others")
-        + ")"
-        for each in draws
-        if len(each.sequences) < each.requested
-    ]
-    remedy = "name larger data sets, or lower --target_traces or --min_tokens"
-    return f"{had} of {asked} sequences: {'; '.join(short)}; {remedy}"

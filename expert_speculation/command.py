@@ -1,8 +1,8 @@
 """The command `expert-speculation`: its verbs, how names are spelled, and what failures look like."""
 
-import signal
+import contextlib
+import shlex
 import sys
-from types import FrameType
 from typing import NoReturn
 
 import click
@@ -11,6 +11,7 @@ from expert_speculation import __version__
 from expert_speculation.verbs.collect import collect
 from expert_speculation.verbs.demo import demo
 from expert_speculation.verbs.evaluate import evaluate
+from expert_speculation.verbs.export import export
 from expert_speculation.verbs.generate import generate
 from expert_speculation.verbs.import_ import import_
 from expert_speculation.verbs.info import info
@@ -19,6 +20,7 @@ from expert_speculation.verbs.report import report
 from expert_speculation.verbs.train import train
 from expert_speculation.verbs.verify import verify
 from groundwork.errors import ExpertSpeculationError
+from groundwork.interrupt import raise_on_signals
 
 INTERRUPTED = 130
 
@@ -59,14 +61,14 @@ def cli() -> None:
     """
 
 
-for _verb in (demo, collect, train, evaluate, report, verify, info, import_, pretrain, generate):
+for _verb in (demo, collect, train, evaluate, report, verify, info, import_, export, pretrain, generate):
     cli.add_command(_verb)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command and exit with DESIGN.md's codes; errors that a user can mend are one sentence on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _terminate)
+    raise_on_signals()
     try:
         code = cli.main(args=arguments, prog_name="expert-speculation", standalone_mode=False)
     except click.ClickException as error:
@@ -76,7 +78,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         click.echo(f"Error: {error}", err=True)
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(_how_to_go_on(arguments), err=True)
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            click.echo(_how_to_go_on(arguments), err=True)
         sys.exit(INTERRUPTED)
     except OSError as error:
         if error.filename is None and error.strerror is None:
@@ -87,13 +90,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def _how_to_go_on(arguments: list[str]) -> str:
-    words = " ".join(arguments)
-    if arguments and arguments[0] in {"collect", "train", "pretrain"}:
+    words = shlex.join(arguments)
+    if arguments and arguments[0] in {"collect", "import", "train", "pretrain"}:
         resume = "" if "--resume" in arguments else " --resume"
         return f"Interrupted. Go on with: expert-speculation {words}{resume}"
     return f"Interrupted. Run it again with: expert-speculation {words}"

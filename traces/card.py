@@ -1,21 +1,31 @@
 """The data set card of a run folder: README.md with the front matter that the Hugging Face hub and `load_dataset` read.
 
 Generated from plan and manifest alone, so it says what is there, not what was hoped for. Names come from foreign data
-and are escaped.
+and are escaped. Its last line, a comment, seals it: with the run's plan and counts, and a digest of all that stands
+before. So `verify` knows a changed card, and one that is out of date, whichever version of this program wrote it. Who
+edits a card puts EDITED there as the last line instead: such a card is never written over, and not checked either.
 """
 
+import hashlib
 import html
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from groundwork.atomic import write_text
+from groundwork.atomic import write_bytes
+from traces.faults import REPAIR, Fault, unread
 from traces.manifest import ManifestLine, read_manifest
+from traces.plain_files import read_plain
 from traces.plan import Plan
 from traces.schema import TraceSpec
 
+CARD_NAME = "README.md"
+CARD_LIMIT = 16 * 2**20  # bytes
+EDITED = "<!-- edited by hand -->"
 UNKNOWN = "unknown"
+_SEALED = re.compile(rb"<!-- (.*); blake2b [0-9a-f]{32} -->")
 _COLUMNS = {
     "expert_ids": "ids of the routed experts, layer-major [L*K]",
     "routing_weights": "what their outputs are multiplied by, float16, layer-major [L*K]",
@@ -25,8 +35,48 @@ _COLUMNS = {
 
 
 def write_card(run_dir: Path) -> None:
-    """Write README.md of a run folder that has a plan."""
-    write_text(run_dir / "README.md", render_card(Plan.load(run_dir), read_manifest(run_dir)))
+    """Write README.md of a run folder that has a plan, unless it says that it was edited by hand."""
+    path = run_dir / CARD_NAME
+    if not is_edited(path):
+        write_bytes(path, sealed_card(Plan.load(run_dir), read_manifest(run_dir)))
+
+
+def is_edited(path: Path) -> bool:
+    """Say whether a card's last line is EDITED."""
+    try:
+        return read_plain(path, CARD_LIMIT).rstrip().endswith(EDITED.encode())
+    except (OSError, ValueError):
+        return False
+
+
+def card_fault(run_dir: Path, plan: Plan | None, manifest: list[ManifestLine] | None) -> Fault | None:
+    """Return what is wrong with the card, or None; counts are compared where `plan` and `manifest` are given."""
+    path = run_dir / CARD_NAME
+    remedy = f"{REPAIR}, which writes it anew; to keep it as it is, make '{EDITED}' its last line"
+    try:
+        text = read_plain(path, CARD_LIMIT)
+    except FileNotFoundError:
+        return Fault(path, "missing", f"{REPAIR}, which writes it")
+    except OSError as error:
+        return unread(path, error)
+    except ValueError as error:
+        return Fault(path, str(error), f"move it away and {REPAIR}, which writes it anew")
+    if is_edited(path):
+        return None
+    body, newline, seal = text.removesuffix(b"\n").rpartition(b"\n")
+    facts = _SEALED.fullmatch(seal)
+    if facts is None or text != body + newline + _seal(body + newline, facts[1].decode(errors="replace")):
+        return Fault(path, "was changed: it differs from its own digest", remedy)
+    wanted = "" if plan is None or manifest is None else _facts(plan, manifest)
+    if wanted and facts[1] != wanted.encode():
+        return Fault(path, f"is out of date: its last line says {facts[1].decode()!r}, wanted {wanted!r}", remedy)
+    return None
+
+
+def sealed_card(plan: Plan, manifest: list[ManifestLine]) -> bytes:
+    """Return the card as it stands in the file, with its seal."""
+    text = render_card(plan, manifest).encode() + b"\n"
+    return text + _seal(text, _facts(plan, manifest))
 
 
 def render_card(plan: Plan, manifest: list[ManifestLine]) -> str:
@@ -88,6 +138,17 @@ def render_card(plan: Plan, manifest: list[ManifestLine]) -> str:
             "",
         ]
     )
+
+
+def _facts(plan: Plan, manifest: list[ManifestLine]) -> str:
+    """Return what a card is out of date without."""
+    counts = (sum(line.sequences for line in manifest), sum(line.tokens for line in manifest))
+    return f"plan {plan.fingerprint}: {len(manifest)} shards, {counts[0]} sequences, {counts[1]} tokens"
+
+
+def _seal(text: bytes, facts: str) -> bytes:
+    digest = hashlib.blake2b(text + facts.encode(), digest_size=16).hexdigest()
+    return f"<!-- {facts}; blake2b {digest} -->\n".encode()
 
 
 def _describe(spec: TraceSpec) -> list[tuple[str, str]]:

@@ -12,6 +12,8 @@ from typing import BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from traces.claims import check_footer, chunk_range
+
 FOOTER_LIMIT = 2**20  # bytes, or FOOTER_SHARE of a larger file; parsed, a footer can take 150 times as much
 FOOTER_SHARE = 1 / 64  # a row group takes 1.5 kB of footer and a megabyte or more of data
 _MAGIC = b"PAR1"
@@ -54,7 +56,8 @@ def read_footer_bytes(file: BinaryIO) -> bytes:
 
 
 def parse_metadata(footer: bytes) -> pq.FileMetaData:
-    """Return Parquet's metadata from a footer's bytes."""
+    """Return Parquet's metadata from a footer's bytes; raises ValueError or pyarrow's errors where it has none."""
+    check_footer(footer)
     return pq.read_metadata(pa.BufferReader(footer))
 
 
@@ -67,12 +70,6 @@ def file_sha256(path: Path) -> str:
     """Return the file's sha256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def chunk_range(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
-    """Return the offset and length in bytes of a column chunk, dictionary page included."""
-    start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
-    return start, column.total_compressed_size
 
 
 def read_chunk(file: BinaryIO, column: pq.ColumnChunkMetaData) -> memoryview:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from groundwork.errors import ConfigurationError
+from traces.faults import COLLECT_AGAIN, Fault, FaultError
 from traces.shards import Shard, strings
 from traces.splits import ELEMENTARY_SPLITS, split_of
 
@@ -45,8 +45,9 @@ class SequenceIndex(Sequence[SequenceInfo]):
     """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
-        self.datasets: list[str] = []
-        parts = [part for number, shard in enumerate(shards) for part in _row_groups(shard, number, self.datasets)]
+        codes: dict[str, int] = {}
+        parts = [part for number, shard in enumerate(shards) for part in _row_groups(shard, number, codes)]
+        self.datasets = list(codes)
         columns = {name: np.concatenate([part[name] for part in parts]).astype(t) for name, t in _ARRAYS.items()}
         self.sequence_id_S, self.dataset_S, self.num_tokens_S = (
             columns[name] for name in ("sequence_id", "dataset", "num_tokens")
@@ -77,12 +78,12 @@ class SequenceIndex(Sequence[SequenceInfo]):
 
 
 def check_shard(shard: Shard) -> Iterator[dict[str, Any]]:
-    """Yield each row group's fields; raises ConfigurationError unless sequences are whole and the footer's range."""
-    return _row_groups(shard, 0, [])
+    """Yield each row group's fields; raises FaultError unless sequences are whole and the footer's range."""
+    return _row_groups(shard, 0, {})
 
 
-def _row_groups(shard: Shard, number: int, datasets: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield the arrays of each row group's sequences, adding the data sets that are new to `datasets`."""
+def _row_groups(shard: Shard, number: int, codes: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Yield the arrays of each row group's sequences, numbering the data sets that are new in `codes`."""
     expected = shard.planned.first_sequence
     for group in range(shard.num_row_groups):
         table = shard.table(group, ["sequence_id", "position", "token_id", "dataset"])
@@ -92,17 +93,13 @@ def _row_groups(shard: Shard, number: int, datasets: list[str]) -> Iterator[dict
         in_place = np.arange(len(ids)) - np.repeat(starts, lengths)
         whole = np.array_equal(table["position"].to_numpy(), in_place)
         if not whole or not np.array_equal(ids[starts], expected + np.arange(len(starts))):
-            raise ConfigurationError(
-                f"{shard.path}: row group {group} does not hold whole sequences from {expected} on; "
-                "run 'expert-speculation verify' and collect the shard again"
-            )
+            problem = f"row group {group} does not hold whole sequences from {expected} on"
+            raise FaultError(Fault(shard.path, problem, COLLECT_AGAIN))
         expected += len(starts)
-        names = table["dataset"].take(pa.array(starts)).to_pylist()
-        datasets += [name for name in dict.fromkeys(names) if name not in datasets]
-        code_of = {name: code for code, name in enumerate(datasets)}
+        names = strings(table["dataset"].take(pa.array(starts)))
         yield {
             "sequence_id": ids[starts],
-            "dataset": [code_of[name] for name in names],
+            "dataset": [codes.setdefault(name, len(codes)) for name in names],
             "num_tokens": lengths,
             "split": _splits(shard, group, token_ids, starts, lengths, names),
             "shard": np.full(len(starts), number),
@@ -110,10 +107,8 @@ def _row_groups(shard: Shard, number: int, datasets: list[str]) -> Iterator[dict
             "row_offset": starts,
         }
     if expected != shard.planned.stop_sequence:
-        raise ConfigurationError(
-            f"{shard.path}: holds sequences up to {expected}, its footer says {shard.planned.stop_sequence}; "
-            "run 'expert-speculation verify' and collect the shard again"
-        )
+        problem = f"holds sequences up to {expected}, its footer says {shard.planned.stop_sequence}"
+        raise FaultError(Fault(shard.path, problem, COLLECT_AGAIN))
 
 
 def _splits(
@@ -134,7 +129,7 @@ def _splits(
             if tokens is None:
                 table = shard.table(group, ["token", "sequence_key"])
                 tokens = strings(table["token"])
-                keys = table["sequence_key"].take(pa.array(starts)).to_pylist()
+                keys = strings(table["sequence_key"].take(pa.array(starts)))
             own_tokens = tokens[offset : offset + length]
             if not any(own_tokens):
                 own_tokens = [names[i], keys[i]]

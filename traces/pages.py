@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from traces.thrift import read_struct
 
 THREADS = 4  # more do not help: the copies share the memory bus
 DATA_PAGE, BYTE_STREAM_SPLIT = 0, 9  # parquet.thrift: PageType, Encoding
-_BOOLS, _INTEGERS, _BYTE, _DOUBLE, _BINARY, _STRUCT = (1, 2), (4, 5, 6), 3, 7, 8, 12  # Thrift, compact protocol
-_CODEC = pa.Codec("zstd")
+_CODEC, _ZSTD_MAGIC = pa.Codec("zstd"), b"\x28\xb5\x2f\xfd"
 
 
 class Page(NamedTuple):
@@ -35,9 +35,15 @@ class Page(NamedTuple):
     body: memoryview
 
 
-def is_split(column: pq.ColumnChunkMetaData) -> bool:
-    """Say whether `decode_lists` can decode the column: true for everything that our writer writes."""
-    return column.compression == "ZSTD" and set(column.encodings) == {"BYTE_STREAM_SPLIT", "RLE"}
+def is_split(chunk: memoryview) -> bool:
+    """Say by its first page whether `decode_lists` can decode a column chunk: true for all that our writer writes.
+
+    The footer says it too, but Arrow, asked for a codec that there is not, ends the process (pyarrow 26).
+    """
+    page = next(walk_pages(chunk, trusted=True), None)
+    if page is None or (page.kind, page.encoding) != (DATA_PAGE, BYTE_STREAM_SPLIT):
+        return False
+    return bytes(page.body[:4]) == _ZSTD_MAGIC
 
 
 def decode_lists(
@@ -92,7 +98,7 @@ def walk_pages(chunk: memoryview, *, trusted: bool = False) -> Iterator[Page]:
     offset = 0
     while offset < len(chunk):
         try:
-            header, start = _read_struct(chunk, offset)
+            header, start = read_struct(chunk, offset)
             kind, uncompressed, compressed = (int(header[field]) for field in (1, 2, 3))
             data = header[5] if kind == DATA_PAGE else {1: -1, 2: -1}
             values, encoding = int(data[1]), int(data[2])
@@ -105,49 +111,3 @@ def walk_pages(chunk: memoryview, *, trusted: bool = False) -> Iterator[Page]:
         if not trusted and 4 in header and zlib.crc32(body) != header[4] & 0xFFFFFFFF:
             raise ValueError("a page differs from its checksum")
         yield Page(kind, values, encoding, uncompressed, body)
-
-
-def _read_struct(data: memoryview, at: int) -> tuple[dict[int, Any], int]:
-    """Return the fields of a Thrift compact-protocol struct by number, and where it ends."""
-    fields: dict[int, Any] = {}
-    number = 0
-    while data[at] != 0:
-        delta, kind = data[at] >> 4, data[at] & 15
-        at += 1
-        if delta:
-            number += delta
-        else:
-            number, at = _read_integer(data, at)
-        if kind in _BOOLS:
-            fields[number] = kind == _BOOLS[0]
-        else:
-            fields[number], at = _read_value(data, at, kind)
-    return fields, at + 1
-
-
-def _read_value(data: memoryview, at: int, kind: int) -> tuple[Any, int]:
-    if kind in _INTEGERS:
-        return _read_integer(data, at)
-    if kind == _STRUCT:
-        return _read_struct(data, at)
-    if kind in (_BYTE, _DOUBLE):
-        return None, at + (1 if kind == _BYTE else 8)
-    if kind == _BINARY:
-        length, at = _read_varint(data, at)
-        return None, at + length
-    raise IndexError(f"Thrift type {kind} has no place in a page header")
-
-
-def _read_varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = 0
-    for shift in range(0, 70, 7):
-        value |= (data[at] & 127) << shift
-        at += 1
-        if data[at - 1] < 128:
-            return value, at
-    raise IndexError("a number longer than 64 bits")
-
-
-def _read_integer(data: memoryview, at: int) -> tuple[int, int]:
-    value, at = _read_varint(data, at)
-    return (value >> 1) ^ -(value & 1), at

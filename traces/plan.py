@@ -2,28 +2,36 @@
 `plan.parquet` (one row per sequence).
 
 plan.json is written last and holds the checksum of plan.parquet and a digest of itself, and is compared as bytes when
-loaded: a run either has a whole, unchanged plan or none.
+loaded: a run either has a whole, unchanged plan or none. A plan may come from anyone, so nothing in it is believed
+before its size is: plan.json has a limit, and plan.parquet is held against plan.json and its own size first.
 """
 
 import hashlib
 import io
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from groundwork.atomic import write_bytes
 from groundwork.errors import ConfigurationError
-from traces.manifest import canonical_json
+from traces.faults import Fault, FaultError, first_line, unread
+from traces.manifest import canonical_json, shard_name
+from traces.plain_files import open_plain, read_plain
+from traces.plan_table import read_plan_table
 from traces.schema import TraceSpec
 
 PLAN_NAME = "plan.json"
 SEQUENCES_NAME = "plan.parquet"
+PLAN_LIMIT = 16 * 2**20  # bytes: 150,000 shards; parsed it takes up to 25 times as much
 
 SEQUENCES_SCHEMA = pa.schema(
     [
@@ -47,6 +55,11 @@ class PlannedShard:
     stop_sequence: int
     num_tokens: int
 
+    def __post_init__(self) -> None:
+        numbers = asdict(self).values()
+        if not all(type(number) is int and number >= 0 for number in numbers) or self.stop_sequence > 2**32:
+            raise ValueError(f"no shard has these numbers: {', '.join(map(repr, numbers))}")
+
     @property
     def name(self) -> str:
         """Return the shard's file name in `data/`."""
@@ -69,9 +82,11 @@ class Plan:
             raise ValueError(f"the spec names plan {self.spec.plan_fingerprint}, not {self.fingerprint}")
         if not self.sequences.schema.equals(SEQUENCES_SCHEMA):
             raise ValueError(f"the sequences' columns are not {SEQUENCES_SCHEMA.names} of the planned types")
-        if self.sequences["sequence_id"].to_pylist() != list(range(self.sequences.num_rows)):
+        if not np.array_equal(self.sequences["sequence_id"].to_numpy(), np.arange(self.sequences.num_rows)):
             raise ValueError("sequence ids do not count from 0")
         tokens, shard_of = self.sequences["num_tokens"].to_numpy(), self.sequences["shard"].to_numpy()
+        if (tokens < 1).any():
+            raise ValueError("a sequence has no tokens")
         stop = 0
         for index, shard in enumerate(self.shards):
             own = slice(shard.first_sequence, shard.stop_sequence)
@@ -84,36 +99,46 @@ class Plan:
             raise ValueError(f"the shards end at sequence {stop} of {self.sequences.num_rows}")
 
     def save(self, run_dir: Path) -> None:
-        """Write plan.parquet, then plan.json, each atomically."""
-        run_dir.mkdir(parents=True, exist_ok=True)
+        """Write plan.parquet, then plan.json, each atomically.
+
+        Raises ConfigurationError, before anything is written, where the plan is too large to be read back.
+        """
         buffer = io.BytesIO()
         pq.write_table(self.sequences, buffer, compression="zstd", write_page_checksum=True)
+        plan = self._render(hashlib.sha256(buffer.getvalue()).hexdigest())
+        try:
+            read_plan_table(buffer, SEQUENCES_SCHEMA, self.sequences.num_rows)
+            if len(plan) > PLAN_LIMIT:
+                raise ValueError(f"{PLAN_NAME} takes {len(plan)} bytes, wanted {PLAN_LIMIT} at most")
+        except ValueError as error:
+            raise ConfigurationError(
+                f"{run_dir}: the plan is too large to be read back ({error}); split the run, or make larger shards "
+                "with --shard_size_mb"
+            ) from error
+        run_dir.mkdir(parents=True, exist_ok=True)
         write_bytes(run_dir / SEQUENCES_NAME, buffer.getvalue())
-        write_bytes(run_dir / PLAN_NAME, self._render(hashlib.sha256(buffer.getvalue()).hexdigest()))
+        write_bytes(run_dir / PLAN_NAME, plan)
 
     @classmethod
     def load(cls, run_dir: Path) -> Self:
-        """Read a run's plan; raises ConfigurationError where it is missing or not what was saved."""
+        """Read a run's plan; raises FaultError where it is missing or not what was saved."""
         path, table_path = run_dir / PLAN_NAME, run_dir / SEQUENCES_NAME
         values = _read_values(path)
-        if not table_path.is_file():
-            raise _missing(table_path)
-        try:
-            table = table_path.read_bytes()
-            if hashlib.sha256(table).hexdigest() != values["sequences_sha256"]:
-                raise ConfigurationError(
-                    f"{table_path}: sha256 differs from the one in {PLAN_NAME}; restore the file or collect again"
-                )
-            return cls(
-                fingerprint=values["fingerprint"],
-                spec=TraceSpec.from_json(values["spec"]),
-                settings=values["settings"],
-                sources=values["sources"],
-                shards=_shards(values),
-                sequences=pq.read_table(io.BytesIO(table)).replace_schema_metadata(None),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _damaged(path, error) from error
+        with _naming(path):
+            shards = _shards(values)
+            spec = TraceSpec.from_json(values["spec"])
+            fingerprint_, settings, sources = values["fingerprint"], values["settings"], values["sources"]
+            if not (isinstance(settings, dict) and all(isinstance(each, dict) for each in sources)):
+                raise ValueError("settings or sources are not objects")
+            if not re.fullmatch("[0-9a-f]{32}", fingerprint_):
+                raise ValueError("its fingerprint is not 32 hexadecimal digits")
+        with _naming(table_path), open_plain(table_path) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != values["sequences_sha256"]:
+                raise ValueError(f"its sha256 differs from the one in {PLAN_NAME}")
+            rows = shards[-1].stop_sequence if shards else 0
+            sequences = read_plan_table(file, SEQUENCES_SCHEMA, rows)
+        with _naming(path):
+            return cls(fingerprint_, spec, settings, sources, shards, sequences)
 
     def _render(self, sequences_sha256: str) -> bytes:
         values = {
@@ -131,47 +156,44 @@ def planned_shards(run_dir: Path) -> list[PlannedShard]:
     """Return the shards that plan.json names, without reading plan.parquet; raises as `load` does."""
     path = run_dir / PLAN_NAME
     values = _read_values(path)
-    try:
+    with _naming(path):
         return _shards(values)
-    except (KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
 
 
 def _read_values(path: Path) -> dict[str, Any]:
-    """Return what plan.json holds; raises ConfigurationError where it is missing or differs from its own digest."""
-    if not path.is_file():
-        raise _missing(path)
-    try:
-        text = path.read_bytes()
+    """Return what plan.json holds; raises FaultError where it is missing or differs from its own digest."""
+    with _naming(path):
+        text = read_plain(path, PLAN_LIMIT)
         values: dict[str, Any] = json.loads(text)
         if _with_digest({name: value for name, value in values.items() if name != "digest"}) != text:
             raise ValueError("the content differs from its own digest")
         return values
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise _damaged(path, error) from error
 
 
 def _shards(values: dict[str, Any]) -> list[PlannedShard]:
     return [PlannedShard(**shard) for shard in values["shards"]]
 
 
-def _missing(path: Path) -> ConfigurationError:
-    return ConfigurationError(f"{path}: missing; the folder holds no complete run, collect into it first")
-
-
-def _damaged(path: Path, error: Exception) -> ConfigurationError:
-    return ConfigurationError(f"{path}: not a plan as it was saved ({error}); restore the file or collect again")
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn whatever a file's content can raise into a FaultError that names it."""
+    remedy = "restore the file from a copy, or collect or import again into a new folder"
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FaultError(Fault(path, "missing, so the folder holds no complete run", remedy)) from error
+    except OSError as error:
+        if error.errno is not None:
+            raise FaultError(unread(path, error)) from error
+        raise FaultError(Fault(path, f"not as it was saved ({first_line(error)})", remedy)) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, pa.ArrowException) as error:
+        raise FaultError(Fault(path, f"not as it was saved ({first_line(error)})", remedy)) from error
 
 
 def _with_digest(values: dict[str, Any]) -> bytes:
     """Return plan.json's bytes, which hold a digest of everything else in them."""
     values = values | {"digest": fingerprint(values)}
     return json.dumps(values, sort_keys=True, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
-
-
-def shard_name(index: int) -> str:
-    """Return the file name of shard `index`; zero-padded, so that names sort as indices up to 99,999."""
-    return f"train-{index:05d}.parquet"
 
 
 def cut_shards(num_tokens_S: Sequence[int], spec: TraceSpec, shard_size_mb: float) -> list[PlannedShard]:

@@ -1,17 +1,26 @@
-"""The run's folder before work starts: is it free or to be resumed, is there space, and what is already done."""
+"""The run's folder around the work: is it free or to be resumed, is there space, what is done, and who writes there.
 
+A killed run may leave its lock file, an unfinished shard in `.tmp/` and the temporary file of an atomic write. None of
+them is taken for content, and resuming removes them.
+"""
+
+import contextlib
+import errno
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from groundwork.atomic import write_bytes
-from groundwork.errors import ConfigurationError
+from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from groundwork.progress import log
+from traces.card import CARD_NAME
 from traces.manifest import MANIFEST_NAME, ManifestLine, read_manifest
 from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan, PlannedShard, estimated_bytes_per_token
-from traces.writer import file_sha256
+from traces.writer import file_sha256, lock_run
 
 SPARE_SPACE = 1.2  # sizes are estimates: this many times the estimate must be free
-LEFTOVERS = {".lock", ".tmp"}  # of a run that was stopped before it had a plan
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_folder(run_dir: Path, *, resume: bool) -> None:
@@ -19,7 +28,7 @@ def check_folder(run_dir: Path, *, resume: bool) -> None:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigurationError(f"{run_dir}: is a file; name a folder with --output_dir")
     found = {each.name for each in run_dir.iterdir()} if run_dir.exists() else set()
-    found -= LEFTOVERS | {name for name in found if name.startswith(f".{PLAN_NAME}.") and name.endswith(".tmp")}
+    found -= {".lock", ".tmp", *(each.name for each in _torn_files(run_dir))}
     if not found:
         return
     if not resume:
@@ -43,21 +52,42 @@ def check_free_space(run_dir: Path, plan: Plan) -> None:
         )
 
 
+@contextlib.contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Hold the folder as its only writer, and say in one sentence what to do when the disk is full.
+
+    Raises ConfigurationError where another process holds it, ExpertSpeculationError where anything that is written
+    within meets a full disk: plan, shard, manifest or card.
+    """
+    with lock_run(run_dir):
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            raise ExpertSpeculationError(
+                f"{run_dir}: can not be written ({error.strerror}); free disk space and run again with --resume"
+            ) from error
+
+
 def begin(run_dir: Path, plan: Plan, *, resume: bool) -> tuple[Plan, set[int]]:
     """Save the plan, or take up the saved one; returns it and the shards that are finished.
 
-    A listed shard whose file is missing or changed is struck from the manifest and made again. Raises
-    ConfigurationError where the saved plan is of other settings.
+    A listed shard whose file is missing or changed is struck from the manifest and made again. The caller holds the
+    folder. Raises ConfigurationError where the saved plan is of other settings.
     """
     check_folder(run_dir, resume=resume)  # again: another process may have been faster
+    for leftover in [*_torn_files(run_dir), *run_dir.glob(".tmp/*.parquet")]:
+        leftover.unlink()
     if not (run_dir / PLAN_NAME).exists():
         plan.save(run_dir)
         return plan, set()
     saved = Plan.load(run_dir)
     if saved.fingerprint != plan.fingerprint:
+        refuse_changes(run_dir, saved, plan.settings)
         raise ConfigurationError(
-            f"{run_dir}: --resume continues a run with unchanged settings only, and {differing_fields(saved, plan)}; "
-            "restore them or choose another --output_dir"
+            f"{run_dir}: the run was cut into other shards and batches, by another version of this program; choose "
+            "another --output_dir"
         )
     lines = read_manifest(run_dir)
     sound = [line for line in lines if _is_sound(run_dir, line, saved.shards)]
@@ -67,13 +97,21 @@ def begin(run_dir: Path, plan: Plan, *, resume: bool) -> tuple[Plan, set[int]]:
     return saved, {line.index for line in sound}
 
 
-def differing_fields(old: Plan, new: Plan) -> str:
-    """Return the fields in which two plans differ, with both values; every difference of the fingerprint is named."""
-    names = [name for name in {**old.settings, **new.settings} if old.settings.get(name) != new.settings.get(name)]
-    return (
-        "; ".join(f"{name} was {old.settings.get(name)!r}, is {new.settings.get(name)!r}" for name in names)
-        or "the cut into shards and batches, made by another version of this program"
-    )
+def refuse_changes(run_dir: Path, saved: Plan, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError, naming the fields, where any of `settings` differs from the saved plan's."""
+    names = [name for name in settings if saved.settings.get(name) != settings[name]]
+    if names:
+        differing = "; ".join(f"{name} was {saved.settings.get(name)!r}, is {settings[name]!r}" for name in names)
+        raise ConfigurationError(
+            f"{run_dir}: --resume continues a run with unchanged settings only, and {differing}; "
+            "restore them or choose another --output_dir"
+        )
+
+
+def _torn_files(run_dir: Path) -> list[Path]:
+    """Return what kills have left of atomic writes."""
+    names = (PLAN_NAME, SEQUENCES_NAME, MANIFEST_NAME, CARD_NAME)
+    return [path for name in names for path in run_dir.glob(f".{name}.*.tmp")]
 
 
 def _is_sound(run_dir: Path, line: ManifestLine, shards: list[PlannedShard]) -> bool:

@@ -81,6 +81,7 @@ class TraceSpec:
         try:
             values["moe_layers"] = tuple(values["moe_layers"])
             values["store"] = tuple(values["store"])
+            _check_types(values)
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f"fields of the trace metadata are missing or wrong: {error}") from error
@@ -124,6 +125,23 @@ class TraceSpec:
     def widths(self) -> dict[str, int]:
         """Return the list columns that exist and their numbers per token: `expert_ids` L*K and so on."""
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless fields that come from a file have the types of TraceSpec's."""
+    integers = ("num_layers", "num_experts", "top_k", "seed", "horizons")
+    texts = ("model_name", "quantization", "model_dtype", "router_dtype", "plan_fingerprint")
+    maybe = ("model_revision", "attn_implementation", "experts_implementation", "tokenizer_hash")
+    versions = values["library_versions"]
+    if not (
+        all(type(number) is int for number in (*(values[name] for name in integers), *values["moe_layers"]))
+        and all(isinstance(values[name], str) for name in texts)
+        and all(isinstance(values[name], str | None) for name in maybe)
+        and isinstance(values["weights_normalized"], bool | None)
+        and isinstance(versions, dict)
+        and all(isinstance(version, str) for version in versions.values())
+    ):
+        raise ValueError("fields of the trace metadata are of wrong types")
 
 
 def arrow_schema(spec: TraceSpec) -> pa.Schema:
@@ -212,20 +230,21 @@ def routing_fault(spec: TraceSpec, ids_TLK: NDArray[Any], weights_TLK: NDArray[n
     Ids are below E and distinct within a token's K; weights are finite, fall where the spec says so, and sum to 1 where
     it says so.
     """
-    faults = [("an expert id of E or more", (ids_TLK >= spec.num_experts).any(-1))]
+    faults = [("an expert id of E or more", ids_TLK >= spec.num_experts)]
     if spec.top_k > 1:
         ordered = np.sort(ids_TLK, axis=-1)
-        faults.append(("an expert twice", (ordered[..., 1:] == ordered[..., :-1]).any(-1)))
+        faults.append(("an expert twice", ordered[..., 1:] == ordered[..., :-1]))
     if weights_TLK is not None:
-        faults.append(("a weight that is not finite", ~np.isfinite(weights_TLK).all(-1)))
+        faults.append(("a weight that is not finite", ~np.isfinite(weights_TLK)))
         if spec.expert_order == "weight":
-            faults.append(("weights that rise", (weights_TLK[..., 1:] > weights_TLK[..., :-1]).any(-1)))
+            faults.append(("weights that rise", weights_TLK[..., 1:] > weights_TLK[..., :-1]))
         if spec.weights_normalized:
-            off = np.abs(weights_TLK.sum(-1, dtype=np.float32) - 1) > NORMALIZED_TOLERANCE
+            with np.errstate(invalid="ignore"):  # infinities of both signs, which are a fault above
+                off = np.abs(weights_TLK.sum(-1, keepdims=True, dtype=np.float32) - 1) > NORMALIZED_TOLERANCE
             faults.append(("weights that do not sum to 1", off))
-    for problem, where_TL in faults:
-        if where_TL.any():
-            token, layer = (int(i) for i in np.argwhere(where_TL)[0])
+    for problem, where in faults:
+        if where.any():
+            token, layer = (int(i) for i in np.argwhere(where)[0][:2])
             return f"token {token}, layer {layer}: {problem}: ids {ids_TLK[token, layer].tolist()}" + (
                 f", weights {weights_TLK[token, layer].tolist()}" if weights_TLK is not None else ""
             )

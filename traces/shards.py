@@ -9,6 +9,8 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,16 +19,21 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
-from traces.checksums import chunk_range, footer_digest, parse_metadata, read_chunk, read_footer_bytes
+from traces.checksums import footer_digest, parse_metadata, read_chunk, read_footer_bytes
+from traces.claims import check_chunks, check_pages, check_strings
+from traces.faults import Fault, FaultError, first_line
 from traces.manifest import ManifestLine
-from traces.pages import decode_lists, is_split, walk_pages
+from traces.pages import decode_lists, is_split
+from traces.plain_files import open_plain
 from traces.plan import PlannedShard
 from traces.schema import ROW_GROUP_BYTES, SHARD_KEY, TraceSpec, arrow_schema, decoded_bytes_per_token
 
-__all__ = ["Shard", "find_shards", "first_line", "open_shard", "parse_shard", "strings"]
-
 _STRINGS = ["dataset", "sequence_key", "token"]
-_DOUBTS = (pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError)
+_COLUMN_LIMIT = 4 * ROW_GROUP_BYTES  # of pages, and of strings written out: 4 kB a token and more
+DOUBTS = (  # what a file's content can raise
+    *(pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError),
+    *(OverflowError, RecursionError, MemoryError),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +45,11 @@ class Shard:
     planned: PlannedShard
     metadata: pq.FileMetaData
     line: ManifestLine | None
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Parquet's number of each column; every one of ours has a single leaf."""
+        return {name: number for number, name in enumerate(arrow_schema(self.spec).names)}
 
     @property
     def num_row_groups(self) -> int:
@@ -60,7 +72,7 @@ class Shard:
                     chunk = self._checked_chunk(file, row_group, name)
                     arrays[name] = self._decode(chunk, row_group, name).reshape(-1, *self.spec.shapes[name])
                 return arrays
-        except _DOUBTS as error:
+        except DOUBTS as error:
             self._refuse(row_group, error)
 
     def table(self, row_group: int, names: Sequence[str]) -> pa.Table:
@@ -74,7 +86,7 @@ class Shard:
                 for name in names:
                     self._check_sizes(self._checked_chunk(file, row_group, name), row_group, name)
             return self.arrow_table(row_group, names)
-        except _DOUBTS as error:
+        except DOUBTS as error:
             self._refuse(row_group, error)
 
     def arrow_table(self, row_group: int, names: Sequence[str]) -> pa.Table:
@@ -84,9 +96,7 @@ class Shard:
         ) as file:
             table = file.read_row_group(row_group, columns=list(names), use_threads=False).unify_dictionaries()
         for name in set(_STRINGS).intersection(names):
-            table[name].validate(full=True)
-            for chunk in table[name].chunks:
-                chunk.dictionary.validate(full=True)
+            check_strings(table[name], _COLUMN_LIMIT)
         rows = self.num_rows(row_group)
         if table.num_rows != rows or any(column.null_count for column in table.columns):
             raise pa.ArrowInvalid(f"{table.num_rows} rows, some of them null, where the footer says {rows} without")
@@ -94,18 +104,19 @@ class Shard:
 
     def _checked_chunk(self, file: Any, row_group: int, name: str) -> memoryview:
         """Return the bytes of a column chunk; raises ValueError where the manifest line has another checksum."""
-        number = arrow_schema(self.spec).names.index(name)
+        number = self._numbers[name]
         chunk = read_chunk(file, self.metadata.row_group(row_group).column(number))
         if self.line is not None and zlib.crc32(chunk) != self.line.chunk_crc32[row_group][number]:
             raise ValueError(f"{name} differs from the checksum in the manifest")
-        return memoryview(chunk)
+        return chunk
 
     def _decode(self, chunk: memoryview, row_group: int, name: str) -> NDArray[Any]:
-        column = self.metadata.row_group(row_group).column(arrow_schema(self.spec).names.index(name))
         dtype = self.spec.dtypes[name]
-        if is_split(column):
+        if is_split(chunk):
             size = 4 if name == "expert_ids" else 2  # Parquet has no integers below 32 bits
-            return decode_lists(chunk, self.num_rows(row_group) * self.spec.widths[name], dtype, size)
+            return decode_lists(
+                chunk, self.num_rows(row_group) * self.spec.widths[name], dtype, size, trusted=self.line is not None
+            )
         self._check_sizes(chunk, row_group, name)
         array = self.arrow_table(row_group, [name])[name].combine_chunks()
         values: NDArray[Any] = array.flatten().to_numpy(zero_copy_only=True)
@@ -113,10 +124,8 @@ class Shard:
 
     def _check_sizes(self, chunk: memoryview, row_group: int, name: str) -> None:
         """Raise ValueError where pages claim to decompress to more than the footer says, or than a row group may."""
-        column = self.metadata.row_group(row_group).column(arrow_schema(self.spec).names.index(name))
-        claimed = sum(page.uncompressed for page in walk_pages(chunk))
-        if claimed > min(column.total_uncompressed_size, 4 * ROW_GROUP_BYTES):
-            raise ValueError(f"{name} claims {claimed} bytes, its footer {column.total_uncompressed_size}")
+        column = self.metadata.row_group(row_group).column(self._numbers[name])
+        check_pages(chunk, column, _COLUMN_LIMIT)
 
     def _refuse(self, row_group: int, error: BaseException) -> NoReturn:
         raise ExpertSpeculationError(
@@ -132,7 +141,10 @@ def find_shards(shard_dir: Path) -> list[Path]:
         raise ConfigurationError(
             f"{shard_dir}: {found}, wanted a trace folder; give the folder that 'expert-speculation collect' wrote"
         )
-    folder = shard_dir / "data" if (shard_dir / "data").is_dir() else shard_dir
+    data = shard_dir / "data"
+    if data.is_symlink():
+        raise FaultError(Fault(data, "a link, wanted the folder itself", "move the folder here, or name it instead"))
+    folder = data if data.is_dir() else shard_dir
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise ConfigurationError(
@@ -155,28 +167,29 @@ def open_shard(path: Path, line: ManifestLine | None = None) -> Shard:
 def parse_shard(path: Path, line: ManifestLine | None = None) -> Shard:
     """Read a shard's footer; raises ValueError with the reason why it is not a sound one."""
     try:
-        if path.is_symlink() or not path.is_file():
-            raise ValueError("a link or no plain file: copy the file itself here")
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             footer = read_footer_bytes(file)
-        if line is not None and (path.stat().st_size, footer_digest(footer)) != (line.bytes, line.footer_blake2b):
+            size = file.seek(0, 2)
+        if line is not None and (size, footer_digest(footer)) != (line.bytes, line.footer_blake2b):
             raise ValueError("its size or footer differs from its manifest line")
         metadata = parse_metadata(footer)
         schema = metadata.schema.to_arrow_schema()
         spec = TraceSpec.from_footer(metadata.metadata)
         planned = PlannedShard(**json.loads(metadata.metadata[SHARD_KEY]))
         if not schema.equals(arrow_schema(spec)):
-            raise ValueError(f"columns {schema.names} are not those of its metadata, {arrow_schema(spec).names}")
+            pairs = zip_longest(schema, arrow_schema(spec))
+            found, wanted = next((pair for pair in pairs if pair[0] != pair[1]), (schema, arrow_schema(spec)))
+            raise ValueError(f"it has column {found} where its metadata wants {wanted}")
         if planned.name != path.name:
             raise ValueError(f"its footer is that of {planned.name}")
         if metadata.num_rows != planned.num_tokens:
             raise ValueError(f"{metadata.num_rows} rows where its footer plans {planned.num_tokens}")
-        _check_row_groups(metadata, spec, path.stat().st_size - len(footer))
+        _check_row_groups(metadata, spec, size - len(footer))
         if line is not None and [len(group) for group in line.chunk_crc32] != (
             [metadata.num_columns] * metadata.num_row_groups
         ):
             raise ValueError("its manifest line has checksums of other row groups")
-    except _DOUBTS as error:
+    except DOUBTS as error:
         raise ValueError(first_line(error)) from error
     return Shard(path, spec, planned, metadata, line)
 
@@ -190,20 +203,9 @@ def strings(column: pa.ChunkedArray) -> list[str]:
     return result
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message: Arrow appends its own source lines."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _check_row_groups(metadata: pq.FileMetaData, spec: TraceSpec, data_bytes: int) -> None:
     """Raise ValueError where row groups would take too much memory, or claim rows or bytes that are not there."""
-    rows = 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        rows += group.num_rows
         if not 0 < group.num_rows * decoded_bytes_per_token(spec) <= ROW_GROUP_BYTES:
             raise ValueError(f"a row group of {group.num_rows} rows would take more than {ROW_GROUP_BYTES >> 20} MiB")
-        for start, length in (chunk_range(group.column(number)) for number in range(metadata.num_columns)):
-            if start < 0 or length <= 0 or start + length > data_bytes:
-                raise ValueError(f"a column at bytes {start} to {start + length} of {data_bytes}")
-    if rows != metadata.num_rows:
-        raise ValueError(f"row groups of {rows} rows in all where its footer says {metadata.num_rows}")
+    check_chunks(metadata, data_bytes)

@@ -1,192 +1,173 @@
 """Checks a trace folder against its plan, its manifest and itself, and names every fault with file and remedy.
 
-Nothing is believed that can be recomputed: manifest lines against their digests, files against their sha256 and size,
-footers against the plan, pages against their checksums, rows against the planned sequences, values against the spec.
+Nothing is believed that can be recomputed: plan and manifest lines against their digests, files against their size and
+sha256, footers against the plan, column chunks and pages against their checksums, rows against the planned sequences,
+values against the spec, the card against its seal. No content makes it stop: it goes on after each fault.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from groundwork.progress import progress
-from traces.checksums import checksums, file_sha256
-from traces.index import check_shard
-from traces.manifest import MANIFEST_NAME, ManifestLine, parse_manifest
-from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan, shard_name
-from traces.schema import routing_fault
-from traces.shards import Shard, find_shards, first_line, parse_shard
+from traces.card import card_fault
+from traces.faults import MOVE_AWAY, REPAIR, RESUME, Fault, FaultError, unread
+from traces.manifest import MANIFEST_NAME, ManifestLine, line_fault, parse_manifest
+from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan, PlannedShard
+from traces.shard_check import shard_fault
+from traces.shards import find_shards, parse_shard
 
-COLLECT_AGAIN = "restore the file from a copy, or delete it and its manifest line and collect again with --resume"
-RESTORE = "restore the file from a copy, or collect again into a new folder"
+_SHARD_NAME = re.compile(r"train-\d{5,}\.parquet")
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong, where, and what to do about it."""
+@dataclass
+class Findings:
+    """What was found in a folder; `repair` works from it.
 
-    path: Path
-    problem: str
-    remedy: str
+    `lines` are the manifest's sound and planned lines, one a shard, in order. `entries` holds all that is in `data/`,
+    with what is wrong with it (None: nothing); what is sound but not listed is in `unlisted`.
+    """
 
-    def __str__(self) -> str:
-        return f"{self.path}: {self.problem}; {self.remedy}"
+    run_dir: Path
+    data: Path
+    is_run: bool  # False: bare shards, with neither plan nor manifest
+    plan: Plan | None = None
+    lines: list[ManifestLine] = field(default_factory=list)
+    entries: dict[Path, Fault | None] = field(default_factory=dict)
+    unlisted: list[Path] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
 
 def verify(shard_dir: Path) -> list[Fault]:
-    """Return the faults of a run folder or of the run whose `data/` is given; none means all of it is sound.
+    """Return the faults of a run folder, of the run whose `data/` is given, or of bare shards; none: all is sound.
 
-    Raises ConfigurationError where there is nothing to check: no folder, or neither plan, manifest nor shard in it.
+    Raises ConfigurationError where there is nothing to check: no folder, or neither plan, manifest nor shard in it, or
+    a `data/` that is a link or can not be read.
     """
-    inside = shard_dir.resolve().name == "data" and not (shard_dir / PLAN_NAME).exists()
+    return examine(shard_dir).faults
+
+
+def examine(shard_dir: Path) -> Findings:
+    """Check everything in a folder; raises as `verify` does."""
+    found = locate(shard_dir)
+    if found.is_run:
+        try:
+            found.plan = Plan.load(found.run_dir)
+        except FaultError as error:
+            found.faults.append(error.fault)
+        whole = _check_manifest(found)
+        _check_files(found)
+        _check_complete(found, whole)
+    else:
+        _check_files(found)
+    return found
+
+
+def locate(shard_dir: Path) -> Findings:
+    """Return what was named, unchecked; raises as `verify` does.
+
+    A link in a run folder is not followed, for it leads out of it.
+    """
+    inside = shard_dir.resolve().name == "data" and _is_run(shard_dir.resolve().parent)
     run_dir = shard_dir.resolve().parent if inside else shard_dir
-    if not (run_dir / PLAN_NAME).exists() and not (run_dir / MANIFEST_NAME).exists():
-        find_shards(shard_dir)
-    faults: list[Fault] = []
-    plan = None
+    data = run_dir / "data"
+    if _is_run(run_dir):
+        if data.is_symlink():
+            raise FaultError(Fault(data, "a link, wanted the folder itself", "move the folder here"))
+        return Findings(run_dir, data, is_run=True)
+    folder = find_shards(shard_dir)[0].parent
+    return Findings(folder, folder, is_run=False)
+
+
+def _is_run(folder: Path) -> bool:
+    paths = [folder / name for name in (PLAN_NAME, SEQUENCES_NAME, MANIFEST_NAME)]
+    return any(path.is_symlink() or path.exists() for path in paths)
+
+
+def _check_manifest(found: Findings) -> bool:
+    """Collect the manifest's sound lines, one a shard; returns whether all of it is sound."""
+    path = found.run_dir / MANIFEST_NAME
+    before = len(found.faults)
     try:
-        plan = Plan.load(run_dir)
-    except ConfigurationError as error:
-        path = next(
-            run_dir / name for name in (SEQUENCES_NAME, PLAN_NAME) if str(error).startswith(f"{run_dir / name}:")
-        )
-        problem, _, remedy = str(error).removeprefix(f"{path}: ").rpartition("; ")
-        faults.append(Fault(path, problem, remedy))
-    lines = list(_check_manifest(run_dir, faults))
-    faults += _check_ranges(run_dir, lines, plan)
-    data = run_dir / "data" if (run_dir / "data").is_dir() else run_dir
-    listed = {line.shard: line for line in lines}
-    paths = sorted(data.iterdir()) if data != run_dir else sorted(data.glob("*.parquet"))
-    for path in progress(paths, description="verifying", unit="file"):
-        faults += _check_file(path, listed.get(path.name), plan)
-    present = {path.name for path in paths}
-    faults += [
-        Fault(data / name, "listed in the manifest but missing", RESTORE) for name in listed if name not in present
-    ]
-    return faults
-
-
-def _check_manifest(run_dir: Path, faults: list[Fault]) -> Iterator[ManifestLine]:
-    """Yield the manifest's sound lines, one per shard, and add what is wrong with it to `faults`."""
-    path = run_dir / MANIFEST_NAME
-    if not path.exists():
-        faults.append(Fault(path, "missing", "collect again with --resume"))
-    lines, torn = parse_manifest(run_dir)
+        lines, torn = parse_manifest(found.run_dir)
+    except FaultError as error:
+        found.faults.append(error.fault)
+        return False
+    if not path.exists() and any(found.data.glob("*.parquet")):
+        found.faults.append(Fault(path, "missing", f"{REPAIR}, which rebuilds it from the shards"))
     if torn:
-        faults.append(
-            Fault(path, f"line {len(lines) + 1} is torn", "collect again with --resume, which makes its shard anew")
-        )
+        found.faults.append(Fault(path, f"line {len(lines) + 1} is torn", f"{RESUME}, or {REPAIR}"))
     seen: set[int] = set()
     for number, line in enumerate(lines, start=1):
+        problem = None if line is None else _line_problem(line, found.plan, seen)
         if line is None:
-            faults.append(Fault(path, f"line {number} does not match its own digest", RESTORE))
-        elif line.shard != shard_name(line.index):
-            faults.append(Fault(path, f"line {number} names shard {line.index} {line.shard!r}", RESTORE))
-        elif line.index in seen:
-            faults.append(Fault(path, f"line {number} lists {line.shard} a second time", RESTORE))
+            found.faults.append(line_fault(found.run_dir, number))
+        elif problem:
+            found.faults.append(Fault(path, f"line {number} {problem}", REPAIR))
         else:
             seen.add(line.index)
-            yield line
+            found.lines.append(line)
+    return len(found.faults) == before
 
 
-def _check_ranges(run_dir: Path, lines: list[ManifestLine], plan: Plan | None) -> Iterator[Fault]:
-    """Compare the manifest's shards with the planned ones."""
+def _line_problem(line: ManifestLine, plan: Plan | None, seen: set[int]) -> str | None:
+    if line.index in seen:
+        return f"lists {line.shard} a second time"
     if plan is None:
-        return
-    planned = {shard.index: shard for shard in plan.shards}
-    for line in lines:
-        shard = planned.pop(line.index, None)
-        found = (line.first_sequence, line.stop_sequence, line.tokens)
-        if shard is None:
-            yield Fault(run_dir / MANIFEST_NAME, f"lists {line.shard}, which is not planned", RESTORE)
-        elif found != (shard.first_sequence, shard.stop_sequence, shard.num_tokens):
-            yield Fault(run_dir / MANIFEST_NAME, f"gives {line.shard} a range that is not the planned one", RESTORE)
-    for shard in planned.values():
-        yield Fault(run_dir / "data" / shard.name, "planned, but not in the manifest", "collect again with --resume")
+        return None
+    if line.index >= len(plan.shards):
+        return f"lists {line.shard}, which is not planned"
+    own = PlannedShard(line.index, line.first_sequence, line.stop_sequence, line.tokens)
+    return None if own == plan.shards[line.index] else f"gives {line.shard} a range that is not the planned one"
 
 
-def _check_file(path: Path, line: ManifestLine | None, plan: Plan | None) -> Iterator[Fault]:
-    """Check one entry of `data/`: its kind, its checksums, its content."""
-    if path.is_symlink() or not path.is_file():
-        yield Fault(path, "not a plain file", "move it away: only shards belong in this folder")
-        return
-    if line is not None and path.stat().st_size != line.bytes:
-        yield Fault(path, f"has {path.stat().st_size} bytes, its manifest line says {line.bytes}", COLLECT_AGAIN)
-        return
-    if line is not None and file_sha256(path) != line.sha256:
-        yield Fault(path, "sha256 differs from its manifest line", COLLECT_AGAIN)
-        return
+def _check_files(found: Findings) -> None:
+    """Check all that is in `data/`, or the shards of a bare folder."""
+    listed = {line.shard: line for line in found.lines}
+    first = None
+    for path in progress(_paths(found), description="verifying", unit="file"):
+        if found.is_run and not _SHARD_NAME.fullmatch(path.name):
+            fault: Fault | None = Fault(path, "no shard, and nothing else belongs in data/", MOVE_AWAY)
+        else:
+            fault = shard_fault(path, listed.get(path.name), found.plan)
+        if fault is None and found.plan is None:
+            first = first or path
+            if parse_shard(path).spec != parse_shard(first).spec:
+                fault = Fault(path, f"its footer is of another run than that of {first.name}", MOVE_AWAY)
+        found.entries[path] = fault
+        if fault is not None:
+            found.faults.append(fault)
+        elif found.is_run and path.name not in listed:
+            found.unlisted.append(path)
+    if (found.run_dir / MANIFEST_NAME).exists():
+        found.faults += [Fault(path, "not in the manifest", f"{REPAIR}, which lists it") for path in found.unlisted]
+    found.faults += [
+        Fault(found.data / name, "missing, but the manifest lists it", f"restore it from a copy, or {RESUME}")
+        for name in listed
+        if found.data / name not in found.entries
+    ]
+
+
+def _paths(found: Findings) -> list[Path]:
+    """Return what is to be checked: nothing but shards belongs in `data/`; a bare folder may hold other things."""
     try:
-        shard = parse_shard(path)
-    except ValueError as error:
-        yield Fault(path, f"not a sound shard ({error})", COLLECT_AGAIN if line else "move it away")
+        return sorted(found.data.iterdir() if found.is_run else found.data.glob("*.parquet"))
+    except FileNotFoundError:
+        return []  # nothing was written yet, or every listed shard is missing
+    except OSError as error:
+        raise FaultError(unread(found.data, error)) from error
+
+
+def _check_complete(found: Findings, manifest_is_sound: bool) -> None:
+    """Say whether the run is unfinished, and check the card of one that is not."""
+    planned = [shard.name for shard in found.plan.shards] if found.plan is not None else []
+    there = {path.name for path in found.entries} | {line.shard for line in found.lines}
+    missing = sum(name not in there for name in planned)
+    if missing:
+        problem = f"{missing} of {len(planned)} planned shards are not there yet"
+        found.faults.append(Fault(found.run_dir, problem, RESUME))
         return
-    if line is None:
-        yield Fault(path, "not in the manifest", COLLECT_AGAIN)
-    elif any(getattr(line, name) != value for name, value in checksums(path)._asdict().items()):
-        yield Fault(path, "the checksums of its parts differ from its manifest line", COLLECT_AGAIN)
-        return
-    if plan is not None and shard.spec != plan.spec:
-        yield Fault(path, f"its footer is of another run (plan {shard.spec.plan_fingerprint})", "move it away")
-        return
-    try:
-        problem = _check_rows(shard, plan)
-    except ConfigurationError as error:
-        problem = str(error).removeprefix(f"{path}: ").partition(";")[0]
-    except ExpertSpeculationError as error:
-        problem = first_line(error.__cause__ or error)
-    if problem:
-        yield Fault(path, problem, COLLECT_AGAIN)
-
-
-def _check_rows(shard: Shard, plan: Plan | None) -> str | None:
-    """Return the first thing that is wrong with a shard's rows, or None."""
-    if plan is not None and shard.planned not in plan.shards:
-        return "its range is not a planned one"
-    done = shard.planned.first_sequence
-    for group, found in enumerate(check_shard(shard)):
-        count = len(found["num_tokens"])
-        if plan is not None:
-            problem = _check_names(shard, group, found, plan.sequences.slice(done, count))
-            if problem:
-                return problem
-        done += count
-        problem = _check_values(shard, group)
-        if problem:
-            return f"row group {group}: {problem}"
-    return None
-
-
-def _check_names(shard: Shard, group: int, found: dict[str, Any], planned: pa.Table) -> str | None:
-    """Compare a row group's sequences with the planned ones."""
-    table = shard.table(group, ["dataset", "sequence_key"]).take(pa.array(found["row_offset"]))
-    names = ("dataset", "sequence_key")
-    own = zip(*(table[name].to_pylist() for name in names), found["num_tokens"].tolist(), strict=True)
-    wanted = zip(*(planned[name].to_pylist() for name in (*names, "num_tokens")), strict=True)
-    for number, (have, want) in enumerate(zip(own, wanted, strict=True)):
-        if have != want:
-            return f"sequence {found['sequence_id'][number]} is not the planned one"
-    return None
-
-
-def _check_values(shard: Shard, group: int) -> str | None:
-    """Check what the columns of a row group hold, and that Arrow decodes the same lists as `pages` does."""
-    spec = shard.spec
-    if shard.table(group, ["phase", "token"])["phase"].to_numpy().max() > 1:
-        return "a phase that is neither 0 nor 1"
-    values = shard.lists(group, list(spec.shapes))
-    for name, array in values.items():
-        column = shard.arrow_table(group, [name])[name].combine_chunks()
-        if not np.array_equal(column.flatten().to_numpy(zero_copy_only=True), array.reshape(-1), equal_nan=True):
-            return f"{name} reads differently through Arrow"
-    for name in ("router_logits", "lookahead_logits"):
-        if name in values and not np.isfinite(values[name]).all():
-            return f"{name} holds values that are not finite"
-    for h in range(1, spec.horizons + 1):
-        if values["lookahead_logits"][:, h - 1, :h].any():
-            return f"lookahead_logits at horizon {h} are not zero in the layers below {h}, which have no source"
-    return routing_fault(spec, values["expert_ids"], values.get("routing_weights"))
+    counted = manifest_is_sound and not found.unlisted
+    fault = card_fault(found.run_dir, found.plan, found.lines if counted else None)
+    if fault is not None:
+        found.faults.append(fault)

@@ -13,7 +13,6 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from collection.collector import CollectResult, collect, dry_run
-from collection.plan import weights_digest
 from collection.settings import CollectSettings
 from groundwork.errors import ConfigurationError, IncompleteError
 from moe.load import load_model, load_tokenizer
@@ -207,17 +206,6 @@ def test_resume_makes_missing_and_damaged_shards_again_and_changes_nothing_else(
     assert paths[2].stat().st_mtime_ns == untouched
 
 
-def test_resume_is_refused_where_the_output_would_change_naming_the_fields(make_settings: Make, two_files: str) -> None:
-    settings = make_settings(datasets=two_files, resume=True)  # on an empty folder it starts the run
-    collect(settings)
-    with pytest.raises(ConfigurationError, match=r"target_traces was 8, is 9"):
-        collect(replace(settings, target_traces=9))
-    first = Path(two_files.split(",")[0])
-    first.write_text(first.read_text().replace("river", "brook"))
-    with pytest.raises(ConfigurationError, match=r"and texts was '\w+', is '\w+'; restore"):
-        collect(settings)
-
-
 def test_resume_is_refused_where_the_folder_holds_no_run(tmp_path: Path, make_settings: Make, two_files: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
@@ -295,12 +283,4 @@ def test_a_full_disk_is_foreseen(
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ConfigurationError, match=r"run: about 0\.00 GB are needed there and 0\.00 GB are free"):
         collect(make_settings(datasets=two_files))
-    assert not (tmp_path / "run").exists()
-
-
-def test_the_weights_digest_tells_models_of_one_shape_apart(model_dir: Path) -> None:
-    model = load_model(str(model_dir), device="cpu").model
-    before = weights_digest(model)
-    assert weights_digest(load_model(str(model_dir), device="cpu").model) == before
-    next(model.parameters()).data += 1e-3
-    assert weights_digest(model) != before
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from traces.card import write_card
 from traces.plan import SEQUENCES_SCHEMA, Plan, PlannedShard
+from traces.run_folder import begin, writing
 from traces.schema import SequenceTrace, TraceSpec
-from traces.writer import ShardWriter, lock_run
+from traces.writer import ShardWriter
 
 
 def _make_spec(**changes: Any) -> TraceSpec:
@@ -96,13 +98,15 @@ def _write_run(
     run_dir: Path, spec: TraceSpec, sequences: Sequence[SequenceTrace], shards: int = 1, row_group_tokens: int = 65536
 ) -> Plan:
     plan = _make_plan(spec, sequences, shards)
-    with lock_run(run_dir):
-        plan.save(run_dir)
+    with writing(run_dir):
+        plan, finished = begin(run_dir, plan, resume=True)
         for planned in plan.shards:
-            with ShardWriter(run_dir, spec, planned, row_group_tokens=row_group_tokens) as writer:
-                for sequence in sequences[planned.first_sequence : planned.stop_sequence]:
-                    writer.write(sequence)
-                writer.commit()
+            if planned.index not in finished:
+                with ShardWriter(run_dir, spec, planned, row_group_tokens=row_group_tokens) as writer:
+                    for sequence in sequences[planned.first_sequence : planned.stop_sequence]:
+                        writer.write(sequence)
+                    writer.commit()
+        write_card(run_dir)
     return plan
 
 
@@ -126,5 +130,5 @@ def make_plan() -> Callable[..., Plan]:
 
 @pytest.fixture(scope="session")
 def write_run() -> Callable[..., Plan]:
-    """Return a function that writes a run folder whole: plan, shards, manifest."""
+    """Return a function that writes a run folder whole, or what is missing of it: plan, shards, manifest, card."""
     return _write_run

@@ -1,11 +1,6 @@
-"""Shards hold exactly what was written, in bounded row groups of whole sequences, and a kill leaves no half of one."""
+"""Shards hold exactly what was written, in bounded row groups of whole sequences; test_crash.py interrupts them."""
 
-import os
-import resource
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -13,14 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
-from groundwork.errors import ConfigurationError, ExpertSpeculationError
+from groundwork.errors import ConfigurationError
 from traces.manifest import read_manifest
 from traces.plan import PlannedShard
 from traces.schema import SequenceTrace, decoded_bytes_per_token
-from traces.verify import verify
 from traces.writer import ROW_GROUP_BYTES, ShardWriter, lock_run
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def long(sequence: SequenceTrace, tokens: int) -> SequenceTrace:
@@ -111,22 +103,6 @@ def test_second_writer_is_refused_until_the_first_is_gone(tmp_path):
         pass
 
 
-def test_full_disk_is_named_and_leaves_no_part_of_a_shard(tmp_path, make_spec, make_sequences):
-    """A file size limit stands in for a full disk: both fail in the middle of a write."""
-    spec = make_spec()
-    (sequence,) = make_sequences(spec, [2000])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-        with ShardWriter(tmp_path, spec, PlannedShard(0, 0, 1, 2000)) as writer:
-            writer.write(sequence)
-            with pytest.raises(ExpertSpeculationError, match=r"can not be written .*free disk space and run again"):
-                writer.commit()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert list((tmp_path / "data").iterdir()) == list((tmp_path / ".tmp").iterdir()) == []
-
-
 def test_output_folder_that_can_not_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with (
@@ -134,49 +110,3 @@ def test_output_folder_that_can_not_be_made_is_refused(tmp_path):
         lock_run(tmp_path / "file"),
     ):
         pass
-
-
-KILLED_WRITER = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]) / "tests/traces")]
-from conftest import _make_sequences, _make_spec, _write_run
-
-left = int(sys.argv[3])
-def deadly(function):
-    def step(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-    return step
-
-os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-spec = _make_spec()
-_write_run(Path(sys.argv[2]), spec, _make_sequences(spec, [5, 6, 7, 8]), shards=2)
-"""
-
-
-@pytest.mark.parametrize("step", range(7, 17))
-def test_run_killed_at_any_step_is_sound_up_to_there_and_can_be_finished(
-    step, tmp_path, make_spec, make_sequences, make_plan
-):
-    """Steps 1-6 write the plan; a shard takes fsync, replace, fsync of data/, of the manifest, of the run folder."""
-    command = [sys.executable, "-c", KILLED_WRITER, str(ROOT), str(tmp_path), str(step)]
-    died = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
-    assert died.returncode == -9, died.stderr.decode()
-    spec = make_spec()
-    sequences = make_sequences(spec, [5, 6, 7, 8])
-    plan = make_plan(spec, sequences, 2)
-    done = {line.index for line in read_manifest(tmp_path)}
-    for path in (tmp_path / "data").iterdir():
-        assert pq.read_metadata(path).num_rows == plan.shards[int(path.stem[-5:])].num_tokens
-    with lock_run(tmp_path):
-        for planned in plan.shards:
-            if planned.index not in done:
-                with ShardWriter(tmp_path, spec, planned) as writer:
-                    for sequence in sequences[planned.first_sequence : planned.stop_sequence]:
-                        writer.write(sequence)
-                    writer.commit()
-    assert verify(tmp_path) == []

@@ -1,0 +1,171 @@
+"""All that is known of a run before weights are read: whatever can be refused is refused here, cheapest first."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from collection.datasets import Source, resolve
+from collection.plan import Layout, lay_out, texts_digest
+from collection.sampling import Draw, draw
+from collection.settings import CollectSettings
+from groundwork.errors import ConfigurationError, IncompleteError
+from groundwork.hardware import choose_device
+from groundwork.progress import log
+from groundwork.provenance import library_versions
+from moe.load import DTYPES, describe_model, load_tokenizer
+from moe.quantize import MODES
+from moe.source import find_source
+from traces.plan import PLAN_NAME, Plan
+from traces.run_folder import check_folder, refuse_changes
+from traces.schema import TraceSpec
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Settings that fit model and machine, the drawn texts and the order of work.
+
+    `spec` is what the traces will say, as far as the model's configuration tells; `identity` is the part of the plan's
+    settings that does not depend on the weights.
+    """
+
+    settings: CollectSettings
+    model: dict[str, Any]
+    device: torch.device
+    run_dir: Path
+    draws: list[Draw]
+    spec: TraceSpec
+    layout: Layout
+    identity: dict[str, Any]
+
+
+def prepare(settings: CollectSettings) -> Prepared:
+    """Check the settings, draw the texts and lay out the work; raises ConfigurationError for what can not work.
+
+    A run to be resumed is compared with its saved plan, and what was left to the program stays as it was decided then.
+    Raises IncompleteError where there is no usable text at all.
+    """
+    sources = resolve(settings.datasets, settings.dataset_root)
+    model = describe_model(settings.model, settings.dtype)
+    run_dir = settings.run_dir(model["name"])
+    check_folder(run_dir, resume=settings.resume)
+    saved = Plan.load(run_dir) if settings.resume and (run_dir / PLAN_NAME).exists() else None
+    settings = _keep_decisions(settings, saved) if saved else settings
+    device = choose_device(settings.device)
+    if settings.horizons >= model["num_layers"]:
+        raise ConfigurationError(
+            f"--lookahead {settings.horizons}: must be below the {model['num_layers']} MoE layers of {model['name']}; "
+            "lower it"
+        )
+    settings = replace(_limit_length(settings, model), device=str(device))
+    identity = _identity(settings, model, device, sources)
+    if saved:
+        refuse_changes(run_dir, saved, identity)
+    draws = draw(sources, load_tokenizer(settings.model), settings)
+    if not any(each.sequences for each in draws):
+        raise IncompleteError(f"{run_dir}: nothing was written, for there are {shortfall(draws)}")
+    spec = _foretell(settings, model)
+    layout = lay_out(draws, spec, settings)
+    identity["texts"] = texts_digest(layout.sequences)
+    if saved:
+        refuse_changes(run_dir, saved, identity)
+    return Prepared(settings, model, device, run_dir, draws, spec, layout, identity)
+
+
+def shortfall(draws: list[Draw]) -> str:
+    """Say how many sequences there are of those asked for, and where the missing ones went."""
+    asked, had = sum(each.requested for each in draws), sum(len(each.sequences) for each in draws)
+    short = [
+        f"{each.source.name} gave {len(each.sequences)} of {each.requested} from {each.rows} rows ("
+        + (", ".join(f"{count} {reason}" for reason, count in sorted(each.skipped.items())) or "no others")
+        + ")"
+        for each in draws
+        if len(each.sequences) < each.requested
+    ]
+    remedy = "name larger data sets, or lower --target_traces or --min_tokens"
+    return f"{had} of {asked} sequences: {'; '.join(short)}; {remedy}"
+
+
+def _keep_decisions(settings: CollectSettings, saved: Plan) -> CollectSettings:
+    """Return the settings with each `auto` as the saved plan has it, whatever is free or installed today.
+
+    Left to be decided anew, and compared later: which of the GPUs, and what no option can ask for (the precision of a
+    checkpoint that is quantised already, the experts of one that is quantised on loading).
+    """
+    auto = {
+        "quantization": ("auto", MODES),
+        "dtype": ("auto", DTYPES),
+        "device": ("auto", ("cpu", "mps")),
+        "attn_implementation": (None, None),
+        "experts_implementation": (None, None),
+    }
+    decided: dict[str, Any] = {
+        name: saved.settings.get(name)
+        for name, (undecided, choices) in auto.items()
+        if getattr(settings, name) == undecided and (choices is None or saved.settings.get(name) in choices)
+    }
+    if saved.settings.get("quantization") != "none":
+        decided.pop("experts_implementation", None)
+    return replace(settings, **decided)
+
+
+def _limit_length(settings: CollectSettings, model: dict[str, Any]) -> CollectSettings:
+    """Lower `max_length` to the number of positions that the model was made for, and say so."""
+    config = AutoConfig.from_pretrained(find_source(settings.model).folder, trust_remote_code=False)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or settings.max_length <= limit:
+        return settings
+    log(f"{model['name']} reads at most {limit} tokens: --max_length {settings.max_length} is lowered to that")
+    return replace(settings, max_length=limit)
+
+
+def _identity(
+    settings: CollectSettings, model: dict[str, Any], device: torch.device, sources: list[Source]
+) -> dict[str, Any]:
+    """Return what a resumed run must share of the plan's fields, as far as texts and weights are not needed for it."""
+    versions = library_versions()
+    return {
+        "model": model["name"],
+        "model_revision": model["revision"],
+        "execution": settings.execution,
+        "device": device.type,
+        "datasets": [each.name for each in sources],
+        "target_traces": settings.target_traces,
+        "max_length": settings.max_length,
+        "min_tokens": settings.min_tokens,
+        "batch_size": settings.batch_size,
+        "batch_tokens": settings.batch_tokens,
+        "shard_size_mb": settings.shard_size_mb,
+        "store": list(settings.columns),
+        "lookahead": settings.horizons,
+        "seed": settings.seed,
+        "torch": versions.get("torch"),
+        "transformers": versions.get("transformers"),
+    }
+
+
+def _foretell(settings: CollectSettings, model: dict[str, Any]) -> TraceSpec:
+    """Return the spec that the configuration implies; what loading decides is as the settings ask for it."""
+    return TraceSpec(
+        model_name=model["name"],
+        model_revision=model["revision"],
+        num_layers=model["num_layers"],
+        num_experts=model["num_experts"],
+        top_k=model["top_k"],
+        moe_layers=tuple(model["moe_layers"]),
+        expert_order="weight",
+        weights_normalized=model["weights_normalized"],
+        quantization=settings.quantization,
+        model_dtype=model["dtype"],
+        router_dtype=model["dtype"],
+        attn_implementation=settings.attn_implementation,
+        experts_implementation=settings.experts_implementation,
+        library_versions=library_versions(),
+        tokenizer_hash=None,
+        seed=settings.seed,
+        plan_fingerprint="",
+        store=settings.columns,
+        horizons=settings.horizons,
+    )

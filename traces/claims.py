@@ -1,0 +1,93 @@
+"""Holds what a Parquet file claims, in its footer, page headers and dictionaries, against what it may have, before
+memory is spent on it.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from traces.pages import walk_pages
+from traces.thrift import read_struct
+
+# parquet.thrift: bytes of a value by type, known codecs and encodings
+_VALUE_BYTES = {0: 1, 1: 4, 2: 8, 3: 12, 4: 4, 5: 8}
+_BINARIES = {6, 7}
+_CODECS = range(8)
+_ENCODINGS = {0, 2, 3, 4, 5, 6, 7, 8, 9}
+
+
+def check_footer(footer: bytes) -> None:
+    """Raise ValueError unless every column chunk that a footer lists is one that Arrow can be asked about.
+
+    `footer` ends with its length and the closing magic. Arrow would end the process otherwise; see `thrift`.
+    """
+    try:
+        fields, end = read_struct(footer, 0)
+        types = [element[1] for element in fields[2] if not element.get(5)]
+        sound = end == len(footer) - 8 and all(
+            len(group[1]) == len(types)
+            and all(_is_sound(chunk, kind) for chunk, kind in zip(group[1], types, strict=True))
+            for group in fields[4]
+        )
+    except (IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError("its footer is not one of Parquet's") from error
+    if not sound:
+        raise ValueError("its footer lists columns of an unknown kind")
+
+
+def _is_sound(chunk: dict[int, Any], kind: int) -> bool:
+    """Say whether a column chunk is in this file, not encrypted, of its column's type, and known in all it names."""
+    metadata = chunk[3]
+    statistics = metadata.get(12, {})
+    extremes = [statistics[field] for field in (1, 2, 5, 6) if field in statistics]
+    return (
+        chunk.keys() <= {2, 3}
+        and metadata[1] == kind
+        and metadata[4] in _CODECS
+        and _ENCODINGS.issuperset(metadata[2])
+        and (kind in _BINARIES or all(len(value) == _VALUE_BYTES[kind] for value in extremes))
+    )
+
+
+def chunk_range(column: pq.ColumnChunkMetaData) -> tuple[int, int]:
+    """Return the offset and length in bytes of a column chunk, dictionary page included."""
+    start = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    return start, column.total_compressed_size
+
+
+def check_chunks(metadata: pq.FileMetaData, data_bytes: int) -> None:
+    """Raise ValueError unless row groups add up to the file's rows and column chunks lie within the file's data."""
+    rows = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        rows += group.num_rows
+        for start, length in (chunk_range(group.column(number)) for number in range(metadata.num_columns)):
+            if start < 0 or length <= 0 or start + length > data_bytes:
+                raise ValueError(f"a column at bytes {start} to {start + length} of {data_bytes}")
+    if rows != metadata.num_rows:
+        raise ValueError(f"row groups of {rows} rows in all where its footer says {metadata.num_rows}")
+
+
+def check_pages(chunk: memoryview, column: pq.ColumnChunkMetaData, limit: int) -> int:
+    """Return the bytes to which a chunk's pages say they decompress; raises ValueError where they exceed `limit`."""
+    claimed = sum(page.uncompressed for page in walk_pages(chunk))
+    limit = min(column.total_uncompressed_size, limit)
+    if claimed > limit:
+        raise ValueError(f"{column.path_in_schema} claims {claimed} bytes, wanted {limit} at most")
+    return claimed
+
+
+def check_strings(column: pa.ChunkedArray, limit: int) -> int:
+    """Return the bytes that a dictionary-encoded column's strings take once each stands for itself.
+
+    Raises ValueError where they exceed `limit`, pyarrow's errors where they are not UTF-8 or not in the dictionary.
+    """
+    taken = 0
+    for chunk in column.chunks:
+        chunk.validate(full=True)
+        chunk.dictionary.validate(full=True)
+        taken += pc.sum(pc.binary_length(chunk.dictionary).take(chunk.indices)).as_py() or 0
+    if taken > limit:
+        raise ValueError(f"its strings take {taken} bytes, wanted {limit} at most")
+    return taken
