@@ -2,7 +2,8 @@
 memory is spent on it.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -11,11 +12,20 @@ import pyarrow.parquet as pq
 from traces.pages import walk_pages
 from traces.thrift import read_struct
 
-# parquet.thrift: bytes of a value by type, known codecs and encodings
+# parquet.thrift: bytes of a value by type; codecs, encodings and fields of a column chunk that ours may have
 _VALUE_BYTES = {0: 1, 1: 4, 2: 8, 3: 12, 4: 4, 5: 8}
 _BINARIES = {6, 7}
 _CODECS = range(8)
 _ENCODINGS = {0, 2, 3, 4, 5, 6, 7, 8, 9}
+_FIELDS = {*range(1, 14), 16}
+
+
+class _Leaf(NamedTuple):
+    """A column in a footer's schema, and how deep its definition and repetition levels go."""
+
+    kind: int
+    definition: int
+    repetition: int
 
 
 def check_footer(footer: bytes) -> None:
@@ -25,29 +35,43 @@ def check_footer(footer: bytes) -> None:
     """
     try:
         fields, end = read_struct(footer, 0)
-        types = [element[1] for element in fields[2] if not element.get(5)]
+        root, *elements = fields[2]
+        rest = iter(elements)
+        leaves = [leaf for _ in range(root[5]) for leaf in _leaves(rest)]
         sound = end == len(footer) - 8 and all(
-            len(group[1]) == len(types)
-            and all(_is_sound(chunk, kind) for chunk, kind in zip(group[1], types, strict=True))
-            for group in fields[4]
+            len(group[1]) == len(leaves) and all(map(_is_sound, group[1], leaves)) for group in fields[4]
         )
-    except (IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError("its footer is not one of Parquet's") from error
     if not sound:
         raise ValueError("its footer lists columns of an unknown kind")
 
 
-def _is_sound(chunk: dict[int, Any], kind: int) -> bool:
+def _leaves(elements: Iterator[dict[int, Any]], definition: int = 0, repetition: int = 0) -> Iterator[_Leaf]:
+    """Yield the columns of the next schema element; 1 is optional, 2 repeated."""
+    element = next(elements, {})
+    definition, repetition = definition + (element[3] > 0), repetition + (element[3] == 2)
+    if element.get(5):
+        for _ in range(element[5]):
+            yield from _leaves(elements, definition, repetition)
+    else:
+        yield _Leaf(element[1], definition, repetition)
+
+
+def _is_sound(chunk: dict[int, Any], leaf: _Leaf) -> bool:
     """Say whether a column chunk is in this file, not encrypted, of its column's type, and known in all it names."""
     metadata = chunk[3]
-    statistics = metadata.get(12, {})
+    statistics, sizes = metadata.get(12, {}), metadata.get(16, {})
     extremes = [statistics[field] for field in (1, 2, 5, 6) if field in statistics]
     return (
         chunk.keys() <= {2, 3}
-        and metadata[1] == kind
+        and metadata.keys() <= _FIELDS
+        and metadata[1] == leaf.kind
         and metadata[4] in _CODECS
         and _ENCODINGS.issuperset(metadata[2])
-        and (kind in _BINARIES or all(len(value) == _VALUE_BYTES[kind] for value in extremes))
+        and (leaf.kind in _BINARIES or all(len(value) == _VALUE_BYTES[leaf.kind] for value in extremes))
+        and len(sizes.get(2, [])) in (0, leaf.repetition + 1)
+        and len(sizes.get(3, [])) in (0, leaf.definition + 1)
     )
 
 

@@ -41,6 +41,10 @@ SHOWN_PLACES = 3  # of each reason; --json has more
     help="records: read NAME from KEY. sequence, key, layer, token, experts, weights, token_id, text, dataset, phase.",
 )
 @click.option("--sequence_length", type=int, help="flame: tokens per sequence; FLAME-MoE was trained on 2048.")
+@click.option("--model_revision", help="Revision of the traced model, where known.")
+@click.option("--quantization", default="unknown", help="Precision of the experts when traced: none, nf4, int8, ...")
+@click.option("--model_dtype", default="unknown", help="Data type of the traced model, e.g. bfloat16.")
+@click.option("--router_dtype", default="unknown", help="Data type of its routers.")
 @click.option("--shard_size_mb", type=float, default=256.0, help="Size of a shard, about; it holds whole sequences.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted import.")
 @json_option

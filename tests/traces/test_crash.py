@@ -1,8 +1,10 @@
 """A run that dies anywhere, or meets a full disk, is continued to exactly what an uninterrupted run gives."""
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,15 +33,26 @@ class Fate(NamedTuple):
 
 
 @pytest.fixture
-def meet(tmp_path: Path) -> Callable[[str], list[Fate]]:
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder in memory where there is one: thousands of fsyncs wait for nothing there, and prove nothing."""
+    memory = Path("/dev/shm")
+    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as made:
+        yield Path(made)
+
+
+@pytest.fixture
+def meet(folder: Path) -> Callable[[str], list[Fate]]:
     """Return a function that has every run of the harness meet a fate."""
 
     def run_harness(fate: str) -> list[Fate]:
-        command = [sys.executable, str(HARNESS), str(tmp_path), fate]
+        command = [sys.executable, str(HARNESS), str(folder), fate]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stderr
         lines = [line.split("\t") for line in done.stdout.splitlines()]
-        return [Fate(tmp_path / name, point, " ".join(said), int(code)) for name, point, *said, code in lines]
+        return [Fate(folder / name, point, " ".join(said), int(code)) for name, point, *said, code in lines]
 
     return run_harness
 
@@ -53,10 +66,10 @@ def write(make_spec: Callable, make_sequences: Callable, write_run: Callable) ->
 
 
 @pytest.fixture
-def whole(tmp_path: Path, write: Callable[[Path], Plan]) -> Path:
+def whole(folder: Path, write: Callable[[Path], Plan]) -> Path:
     """Return a run that nothing interrupted."""
-    write(tmp_path / "whole")
-    return tmp_path / "whole"
+    write(folder / "whole")
+    return folder / "whole"
 
 
 def content(run_dir: Path) -> list[tuple[Any, ...]]:
@@ -138,24 +151,24 @@ def test_a_manifest_torn_at_any_byte_of_its_last_line_loses_that_line_only(whole
 
 
 @pytest.mark.parametrize("kept", [0, 1, 100, -1])
-def test_a_run_with_a_torn_manifest_is_continued(whole, write, tmp_path, kept):
-    write(tmp_path / "torn")
-    path = tmp_path / "torn" / MANIFEST_NAME
+def test_a_run_with_a_torn_manifest_is_continued(whole, write, folder, kept):
+    write(folder / "torn")
+    path = folder / "torn" / MANIFEST_NAME
     first, second = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(first + second[:kept])
-    assert resume_and_compare(tmp_path / "torn", whole, write) == 1
+    assert resume_and_compare(folder / "torn", whole, write) == 1
 
 
-def test_a_shard_that_is_in_place_but_not_listed_is_made_again(whole, write, tmp_path):
-    write(tmp_path / "run")
-    (tmp_path / "run" / MANIFEST_NAME).unlink()
-    before = (tmp_path / "run" / "data" / "train-00001.parquet").stat().st_ino
-    assert resume_and_compare(tmp_path / "run", whole, write) == 0
-    assert (tmp_path / "run" / "data" / "train-00001.parquet").stat().st_ino != before
+def test_a_shard_that_is_in_place_but_not_listed_is_made_again(whole, write, folder):
+    write(folder / "run")
+    (folder / "run" / MANIFEST_NAME).unlink()
+    before = (folder / "run" / "data" / "train-00001.parquet").stat().st_ino
+    assert resume_and_compare(folder / "run", whole, write) == 0
+    assert (folder / "run" / "data" / "train-00001.parquet").stat().st_ino != before
 
 
-def test_a_folder_that_holds_leftovers_only_counts_as_empty(whole, write, tmp_path):
-    run_dir = tmp_path / "run"
+def test_a_folder_that_holds_leftovers_only_counts_as_empty(whole, write, folder):
+    run_dir = folder / "run"
     (run_dir / ".tmp").mkdir(parents=True)
     for name in (".lock", ".plan.parquet.x1.tmp", ".plan.json.x2.tmp", ".tmp/train-00007.parquet"):
         (run_dir / name).write_bytes(b"PAR1")

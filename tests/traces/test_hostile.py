@@ -25,8 +25,8 @@ HARNESS = Path(__file__).with_name("hostile_harness.py")
 LIMIT = 200 * 2**20  # bytes; the bombs here claim far more
 BILLION = 10**9
 CARD, SHARD = "README.md", "data/train-00001.parquet"
-LENGTHS = [9, 8, 12000, 345, 5, 4]  # two to a shard
-TOKENS = 12345
+LENGTHS = [9, 8, 1200, 34, 5, 4]  # two to a shard
+TOKENS = 1234
 DEEP = b"[" * 200_000
 
 
@@ -190,7 +190,7 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a shard entry of strings": (partial(claim_shard, {"index": "1", "num_tokens": "12345"}), SHARD),
     "a shard entry below 0": (partial(claim_shard, {"first_sequence": -BILLION}), SHARD),
     "a shard entry of many sequences": (partial(claim_shard, {"stop_sequence": 2**80}), SHARD),
-    "a dictionary of one long token": (partial(repeat_token, 100_000), SHARD),
+    "a dictionary of one long token": (partial(repeat_token, 500_000), SHARD),
     "pages of one long token": (partial(repeat_token, 2**20), SHARD),
     **{
         f"a manifest line with {changes}": (partial(claim_line, changes), MANIFEST_NAME)
@@ -208,12 +208,10 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
             {"sequences": None},
             {"chunk_crc32": 5},
             {"chunk_crc32": [["a"]]},
-            {"chunk_crc32": [[], []]},
             {"notes": "none"},
             {"notes": [["x"]]},
             {"seconds": "1"},
             {"extra": 1},
-            {"bytes": 2**63},
         )
     },
     "plan.parquet of a billion rows": (partial(claim_plan_rows, 1), SEQUENCES_NAME),
@@ -234,10 +232,18 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
             "shards that overlap": lambda plan: plan["shards"][1].update(first_sequence=1),
             "a shard below 0": lambda plan: plan["shards"][0].update(first_sequence=-1),
             "a line break for a fingerprint": lambda plan: plan.update(fingerprint="\n-->\n"),
-            "no checksum": lambda plan: plan.update(sequences_sha256=None),
         }.items()
     },
 }
+
+
+def in_a_child(*arguments: object) -> str:
+    """Return what the harness printed; a FIFO, waited for, would run into the time limit."""
+    command = [sys.executable, str(HARNESS), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -251,15 +257,8 @@ def outcomes(tmp_path_factory, make_spec, make_sequences, write_run) -> dict[str
         runs.append(folder / str(number))
         shutil.copytree(folder / "sound", runs[-1])
         harm(runs[-1])
-    done = subprocess.run(
-        [sys.executable, str(HARNESS), str(folder / "sound"), *map(str, runs)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        check=False,
-        timeout=120,  # a FIFO would wait for ever
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return dict(zip(HARMS, map(json.loads, done.stdout.splitlines()), strict=True))
+    lines = in_a_child(folder / "sound", *runs).splitlines()
+    return dict(zip(HARMS, map(json.loads, lines), strict=True))
 
 
 @pytest.mark.parametrize("name", HARMS)
@@ -272,3 +271,12 @@ def test_hostile_folder_is_refused_in_one_sentence_by_verify_and_reader(outcomes
     assert all(refusal.isprintable() and len(refusal) < 2000 for refusal in refusals)
     assert outcome["read"] or file in UNREAD or name.startswith("a plan with"), "was read without a word"
     assert outcome["grown"] < LIMIT
+
+
+def test_damaged_footers_and_pages_raise_nothing_but_our_errors(tmp_path, make_spec, make_sequences, write_run):
+    spec = make_spec(store=("weights", "logits", "lookahead"), horizons=1)
+    write_run(tmp_path / "run", spec, make_sequences(spec, [5, 4, 7, 3]), row_group_tokens=10)
+    shutil.copytree(tmp_path / "run" / "data", tmp_path / "bare")  # no manifest to notice it first
+    found = json.loads(in_a_child("--damage", tmp_path / "bare" / "train-00000.parquet", 300))
+    assert found["refused"] > 250  # the rest: statistics of pages and names of programs, which nothing here reads
+    assert found["grown"] < LIMIT
