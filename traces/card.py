@@ -63,14 +63,21 @@ def card_fault(run_dir: Path, plan: Plan | None, manifest: list[ManifestLine] | 
         return Fault(path, str(error), f"move it away and {REPAIR}, which writes it anew")
     if is_edited(path):
         return None
-    body, newline, seal = text.removesuffix(b"\n").rpartition(b"\n")
-    facts = _SEALED.fullmatch(seal)
-    if facts is None or text != body + newline + _seal(body + newline, facts[1].decode(errors="replace")):
+    facts = sealed_facts(text)
+    if facts is None:
         return Fault(path, "was changed: it differs from its own digest", remedy)
-    wanted = "" if plan is None or manifest is None else _facts(plan, manifest)
-    if wanted and facts[1] != wanted.encode():
-        return Fault(path, f"is out of date: its last line says {facts[1].decode()!r}, wanted {wanted!r}", remedy)
+    wanted = facts if plan is None or manifest is None else _facts(plan, manifest)
+    if facts != wanted:
+        return Fault(path, f"is out of date: its last line says {facts!r}, wanted {wanted!r}", remedy)
     return None
+
+
+def sealed_facts(text: bytes) -> str | None:
+    """Return what a card's seal says of the run, or None where the card is not as it was written."""
+    body, newline, seal = text.removesuffix(b"\n").rpartition(b"\n")
+    found = _SEALED.fullmatch(seal)
+    facts = found[1].decode(errors="replace") if found else ""
+    return facts if found and text == body + newline + _seal(body + newline, facts) else None
 
 
 def sealed_card(plan: Plan, manifest: list[ManifestLine]) -> bytes:
@@ -142,8 +149,9 @@ def render_card(plan: Plan, manifest: list[ManifestLine]) -> str:
 
 def _facts(plan: Plan, manifest: list[ManifestLine]) -> str:
     """Return what a card is out of date without."""
-    counts = (sum(line.sequences for line in manifest), sum(line.tokens for line in manifest))
-    return f"plan {plan.fingerprint}: {len(manifest)} shards, {counts[0]} sequences, {counts[1]} tokens"
+    sequences, tokens = (sum(getattr(line, name) for line in manifest) for name in ("sequences", "tokens"))
+    notes = sum(len(line.notes) for line in manifest)
+    return f"plan {plan.fingerprint}: {len(manifest)} shards, {sequences} sequences, {tokens} tokens, {notes} notes"
 
 
 def _seal(text: bytes, facts: str) -> bytes:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from traces.pages import walk_pages
+from traces.pages import DICTIONARY_PAGE, walk_pages
 from traces.thrift import read_struct
 
 # parquet.thrift: bytes of a value by type; codecs, encodings and fields of a column chunk that ours may have
@@ -94,8 +94,15 @@ def check_chunks(metadata: pq.FileMetaData, data_bytes: int) -> None:
 
 
 def check_pages(chunk: memoryview, column: pq.ColumnChunkMetaData, limit: int) -> int:
-    """Return the bytes to which a chunk's pages say they decompress; raises ValueError where they exceed `limit`."""
-    claimed = sum(page.uncompressed for page in walk_pages(chunk))
+    """Return the bytes to which a chunk's pages say they decompress; raises ValueError where they exceed `limit`.
+
+    A dictionary's entries take 2 bytes and more each; Arrow would make room for any number of them.
+    """
+    claimed = 0
+    for page in walk_pages(chunk):
+        claimed += page.uncompressed
+        if page.kind == DICTIONARY_PAGE and page.values * 2 > page.uncompressed:
+            raise ValueError(f"{column.path_in_schema} claims {page.values} values in {page.uncompressed} bytes")
     limit = min(column.total_uncompressed_size, limit)
     if claimed > limit:
         raise ValueError(f"{column.path_in_schema} claims {claimed} bytes, wanted {limit} at most")

@@ -97,13 +97,18 @@ def parse_manifest(run_dir: Path) -> tuple[list[ManifestLine | None], bool]:
     """
     path = run_dir / MANIFEST_NAME
     try:
-        *whole, rest = read_plain(path, MANIFEST_LIMIT).split(b"\n")
+        return parse_lines(read_plain(path, MANIFEST_LIMIT))
     except FileNotFoundError:
         return [], False
     except OSError as error:
         raise FaultError(unread(path, error)) from error
     except ValueError as error:
         raise FaultError(Fault(path, str(error), f"move it away and {REPAIR}, which rebuilds it")) from error
+
+
+def parse_lines(text: bytes) -> tuple[list[ManifestLine | None], bool]:
+    """Return what `parse_manifest` does of a manifest's text."""
+    *whole, rest = text.split(b"\n")
     return [_parse_line(line) for line in whole], rest != b""
 
 

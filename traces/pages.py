@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from traces.thrift import read_struct
 
 THREADS = 4  # more do not help: the copies share the memory bus
-DATA_PAGE, BYTE_STREAM_SPLIT = 0, 9  # parquet.thrift: PageType, Encoding
+DATA_PAGE, DICTIONARY_PAGE, BYTE_STREAM_SPLIT = 0, 2, 9  # parquet.thrift: PageType, Encoding
 _CODEC, _ZSTD_MAGIC = pa.Codec("zstd"), b"\x28\xb5\x2f\xfd"
 
 
 class Page(NamedTuple):
-    """One page as it stands in a column chunk; `values` and `encoding` are -1 for anything but a data page."""
+    """One page as it stands in a column chunk; `values` and `encoding` are -1 unless it is of data or a dictionary."""
 
     kind: int
     values: int
@@ -100,8 +100,8 @@ def walk_pages(chunk: memoryview, *, trusted: bool = False) -> Iterator[Page]:
         try:
             header, start = read_struct(chunk, offset)
             kind, uncompressed, compressed = (int(header[field]) for field in (1, 2, 3))
-            data = header[5] if kind == DATA_PAGE else {1: -1, 2: -1}
-            values, encoding = int(data[1]), int(data[2])
+            own = {DATA_PAGE: 5, DICTIONARY_PAGE: 7}.get(kind)
+            values, encoding = (int(header[own][field]) for field in (1, 2)) if own else (-1, -1)
         except (KeyError, IndexError, TypeError, RecursionError) as error:
             raise ValueError(f"no page header at byte {offset} of the column") from error
         offset = start + compressed

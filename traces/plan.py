@@ -160,14 +160,18 @@ def planned_shards(run_dir: Path) -> list[PlannedShard]:
         return _shards(values)
 
 
+def parse_plan(text: bytes) -> dict[str, Any]:
+    """Return what plan.json's text holds; raises ValueError and others where it differs from its own digest."""
+    values: dict[str, Any] = json.loads(text)
+    if _with_digest({name: value for name, value in values.items() if name != "digest"}) != text:
+        raise ValueError("the content differs from its own digest")
+    return values
+
+
 def _read_values(path: Path) -> dict[str, Any]:
     """Return what plan.json holds; raises FaultError where it is missing or differs from its own digest."""
     with _naming(path):
-        text = read_plain(path, PLAN_LIMIT)
-        values: dict[str, Any] = json.loads(text)
-        if _with_digest({name: value for name, value in values.items() if name != "digest"}) != text:
-            raise ValueError("the content differs from its own digest")
-        return values
+        return parse_plan(read_plain(path, PLAN_LIMIT))
 
 
 def _shards(values: dict[str, Any]) -> list[PlannedShard]:

@@ -43,6 +43,8 @@ def _fault(path: Path, line: ManifestLine | None, plan: Plan | None) -> Fault | 
     with open_plain(path) as file:
         start = file.read(4)
         size = file.seek(0, 2)
+        file.seek(max(size - 8, 0))
+        footer = size - 8 - int.from_bytes(file.read(4), "little")
     if line is not None and size != line.bytes:
         return Fault(path, f"has {size} bytes, its manifest line says {line.bytes}", COLLECT_AGAIN)
     if line is not None and file_sha256(path) != line.sha256:
@@ -52,7 +54,7 @@ def _fault(path: Path, line: ManifestLine | None, plan: Plan | None) -> Fault | 
         return Fault(path, f"its footer is of another run (plan {shard.spec.plan_fingerprint})", MOVE_AWAY)
     if plan is not None and plan.shards[shard.planned.index : shard.planned.index + 1] != [shard.planned]:
         return Fault(path, "its footer's range is not the planned one", COLLECT_AGAIN)
-    problem = "does not begin as Parquet does" if start != b"PAR1" else _gap(shard)
+    problem = "does not begin as Parquet does" if start != b"PAR1" else _gap(shard, footer)
     for group, found in enumerate(check_shard(shard)):
         if problem:
             break
@@ -66,15 +68,15 @@ def _fault(path: Path, line: ManifestLine | None, plan: Plan | None) -> Fault | 
     return Fault(path, problem, COLLECT_AGAIN) if problem else None
 
 
-def _gap(shard: Shard) -> str | None:
-    """Say where there are bytes that belong to no column: ours stand one after the other from byte 4 on."""
+def _gap(shard: Shard, footer: int) -> str | None:
+    """Say where there are bytes that belong to no column: ours stand one after the other from byte 4 to the footer."""
     at = 4
-    for group in range(shard.num_row_groups):
-        for column in range(shard.metadata.num_columns):
-            start, length = chunk_range(shard.metadata.row_group(group).column(column))
-            if start != at:
-                return f"bytes {at} to {start} belong to no column"
-            at += length
+    groups = map(shard.metadata.row_group, range(shard.num_row_groups))
+    chunks = [chunk_range(group.column(number)) for group in groups for number in range(group.num_columns)]
+    for start, length in [*chunks, (footer, 0)]:
+        if start != at:
+            return f"bytes {at} to {start} belong to no column, or to two"
+        at += length
     return None
 
 
@@ -101,10 +103,8 @@ def _statistics_fault(shard: Shard, group: int, table: pa.Table) -> str | None:
     """Compare the footer's statistics, by which other programs skip row groups, with the values."""
     for number, name in enumerate(arrow_schema(shard.spec).names):
         statistics = shard.metadata.row_group(group).column(number).statistics
-        if statistics is None:
+        if statistics is None or name not in table.column_names:  # the list columns have none
             continue
-        if name not in table.column_names or (statistics.has_null_count and statistics.null_count):
-            return f"{name} has statistics that ours do not have"
         values = table[name].unique()
         values = pa.chunked_array([values.dictionary_decode()]) if pa.types.is_dictionary(values.type) else values
         extremes = pc.min_max(values)

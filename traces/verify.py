@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from groundwork.progress import progress
-from traces.card import card_fault
+from traces.card import CARD_NAME, card_fault
 from traces.faults import MOVE_AWAY, REPAIR, RESUME, Fault, FaultError, unread
 from traces.manifest import MANIFEST_NAME, ManifestLine, line_fault, parse_manifest
 from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan, PlannedShard
@@ -159,15 +159,16 @@ def _paths(found: Findings) -> list[Path]:
 
 
 def _check_complete(found: Findings, manifest_is_sound: bool) -> None:
-    """Say whether the run is unfinished, and check the card of one that is not."""
+    """Say whether the run is unfinished, and check the card, its counts only where all else is sound."""
     planned = [shard.name for shard in found.plan.shards] if found.plan is not None else []
     there = {path.name for path in found.entries} | {line.shard for line in found.lines}
     missing = sum(name not in there for name in planned)
     if missing:
         problem = f"{missing} of {len(planned)} planned shards are not there yet"
         found.faults.append(Fault(found.run_dir, problem, RESUME))
-        return
-    counted = manifest_is_sound and not found.unlisted
+        if not (found.run_dir / CARD_NAME).exists():
+            return  # it is written last
+    counted = manifest_is_sound and not found.unlisted and not missing
     fault = card_fault(found.run_dir, found.plan, found.lines if counted else None)
     if fault is not None:
         found.faults.append(fault)

@@ -1,10 +1,10 @@
 """Small runs that each meet their fate at another point: `crash_harness.py FOLDER FATE` makes them all below FOLDER.
 
 Fates: `killed` dies of SIGKILL before its n-th file operation, for every n and after the last; `full` finds the disk
-full from one of those on that write; `cut` is ended by the kernel in the middle of a write, once a file would grow
-beyond so many bytes. Each run is a fork of this process, which imports no torch and watches its own calls. Prints a
-line for each, separated by tabs: folder, point, the error's sentence where there was one, and how the process ended
-(-9: SIGKILL).
+full from its n-th write on; `cut` is ended by the kernel in the middle of a write, once a file would grow beyond so
+many bytes. Each run is a fork of this process, which imports no torch and watches its own calls. Prints a line for
+each, separated by tabs: folder, point, the error's sentence where there was one, and how the process ended (-9:
+SIGKILL).
 """
 
 import io
@@ -30,10 +30,10 @@ from groundwork.errors import ExpertSpeculationError  # noqa: E402
 
 spec = _make_spec()
 sequences = _make_sequences(spec, (5, 40, 3, 60, 7, 30, 20, 45))
-WRITING = {"write", "flush", "close", "__exit__", "truncate"}
-OPERATIONS = WRITING | {"open", "mkdir", "fchmod", "fsync", "replace", "unlink", "flock"}
+OPERATIONS = {"open", "write", "flush", "truncate", "close", "__exit__", "mkdir", "fchmod", "fsync", "replace"}
+OPERATIONS |= {"unlink", "flock"}
 PARQUET = {pq.ParquetWriter.write_table.__code__, pq.ParquetWriter.close.__code__}  # Arrow itself writes unseen
-CUTS = range(0, 12_000, 400)  # bytes; the last ones are beyond any file
+CUTS = range(0, 12_000, 800)  # bytes; the last ones are beyond any file
 FINISHED, BROKEN = 77, 70  # exit codes
 
 
@@ -52,7 +52,10 @@ def fill_the_disk() -> None:
 
 
 def strike_at(operations: set[str], strike: Callable[[], None], step: int, run_dir: Path) -> None:
-    """Write the run, and strike before number `step` of these operations; ends the process if there are no more."""
+    """Write the run, and strike before number `step` of these operations and Parquet's, or at the end.
+
+    Ends the process where there are fewer.
+    """
     number = 0
 
     def watch(frame: FrameType, event: str, function: Any) -> None:
@@ -116,7 +119,7 @@ def main(folder: Path, fate: str) -> None:
     _make_plan(spec, sequences)  # Arrow imports pandas for its first table: once, and not in each child
     meet = {
         "killed": partial(strike_at, OPERATIONS, kill),
-        "full": partial(strike_at, WRITING, fill_the_disk),
+        "full": partial(strike_at, {"write"}, fill_the_disk),
         "cut": cut_at,
     }[fate]
     for number in count():

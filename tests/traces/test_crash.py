@@ -116,17 +116,17 @@ def test_a_run_killed_in_the_middle_of_a_write_is_continued(meet, whole, write):
     sizes = {path.name: path.stat().st_size for path in whole.rglob("*") if path.is_file()}
     beyond_all = sum(int(fate.point.split()[1]) > max(sizes.values()) for fate in fates)
     assert [fate.code for fate in fates] == [-25] * (len(fates) - beyond_all) + [0] * beyond_all
-    assert len(fates) - beyond_all >= 20
+    assert len(fates) - beyond_all >= 10
     torn = {path.name for fate in fates for path in fate.run_dir.glob(".tmp/*.parquet") if path.stat().st_size}
     assert torn == {"train-00000.parquet", "train-00001.parquet"}
     for fate in fates:
         resume_and_compare(fate.run_dir, whole, write)
 
 
-def test_a_disk_that_is_full_from_any_point_on_is_named_and_the_run_is_continued(meet, whole, write):
+def test_a_disk_that_is_full_from_any_write_on_is_named_and_the_run_is_continued(meet, whole, write):
     fates = meet("full")
-    refused = [fate for fate in fates if fate.code == 1]
-    assert len(refused) >= 40
+    assert [fate.code for fate in fates] == [1] * (len(fates) - 1) + [0]
+    assert len(fates) >= 15
     for fate in fates:
         assert fate.code == 0 or fate.message == (
             f"{fate.run_dir}: can not be written (File too large); free disk space and run again with --resume"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from groundwork.errors import ConfigurationError
-from traces.manifest import MANIFEST_NAME, ManifestLine, append_line, parse_manifest, read_manifest
+from traces.manifest import MANIFEST_NAME, ManifestLine, append_line, parse_lines, parse_manifest, read_manifest
 
 
 def line(index: int, **changes) -> ManifestLine:
@@ -43,5 +43,35 @@ def test_damaged_middle_line_is_named(tmp_path):
     append_line(tmp_path, line(1))
     path = tmp_path / MANIFEST_NAME
     path.write_bytes(path.read_bytes().replace(b"1234", b"1235", 1))
-    with pytest.raises(ConfigurationError, match=r"manifest.jsonl: line 1 does not match its own digest; run"):
+    with pytest.raises(
+        ConfigurationError, match=r"manifest.jsonl: line 1 is not as it was written, by its own digest; run"
+    ):
         read_manifest(tmp_path)
+
+
+def test_line_that_would_be_too_long_to_be_read_back_is_not_written(tmp_path):
+    append_line(tmp_path, line(0))
+    before = (tmp_path / MANIFEST_NAME).read_bytes()
+    with pytest.raises(ConfigurationError, match=r"train-00001\.parquet has too many row groups .*--shard_size_mb"):
+        append_line(tmp_path, line(1, chunk_crc32=((2**32 - 1,) * 9,) * 12_000))
+    assert (tmp_path / MANIFEST_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shard": "train-00004.parquet"},
+        {"stop_sequence": 41},
+        {"sequences": 0, "stop_sequence": 30},
+        {"tokens": 9},
+        {"bytes": -1},
+        {"sha256": None},
+        {"seconds": None},
+        {"notes": (1,)},
+        {"chunk_crc32": ((1.5,),)},
+    ],
+    ids=str,
+)
+def test_line_that_can_not_be_true_is_no_line_whatever_its_digest(changes):
+    good, bad = line(3), line(3, **changes)
+    assert parse_lines(good.render() + bad.render()) == ([good, None], False)
