@@ -46,6 +46,7 @@ PHASES = ("before the plan", "between the shards", "after the last shard", "afte
 @click.option("--output_dir", type=click.Path(path_type=Path), help="Kept; a temporary folder when not given.")
 def main(kills: int, signals: int, seed: int, output_dir: Path | None) -> None:
     """Kill and resume collections, and compare each with an uninterrupted one."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and their children
     with tempfile.TemporaryDirectory() as temporary:
         folder = (output_dir or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)

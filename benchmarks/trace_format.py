@@ -330,12 +330,13 @@ class OursThroughArrow(Ours):
 
 
 def routing_bytes(dataset: TraceDataset) -> int:
-    """Bytes of the list columns in a run's shards."""
+    """Bytes of ids and weights in a run's shards."""
+    paths = {"expert_ids.list.element", "routing_weights.list.element"}
     total = 0
     for shard in dataset.shards:
         for group in map(shard.metadata.row_group, range(shard.num_row_groups)):
             columns = map(group.column, range(shard.metadata.num_columns))
-            total += sum(c.total_compressed_size for c in columns if c.path_in_schema.endswith(".list.element"))
+            total += sum(c.total_compressed_size for c in columns if c.path_in_schema in paths)
     return total
 
 
