@@ -14,7 +14,7 @@ from traces.thrift import read_struct
 
 # parquet.thrift: bytes of a value by type; codecs, encodings and fields of a column chunk that ours may have
 _VALUE_BYTES = {0: 1, 1: 4, 2: 8, 3: 12, 4: 4, 5: 8}
-_BINARIES = {6, 7}
+_TEXT, _FIXED = 6, 7
 _CODECS = range(8)
 _ENCODINGS = {0, 2, 3, 4, 5, 6, 7, 8, 9}
 _FIELDS = {*range(1, 14), 16}
@@ -69,10 +69,17 @@ def _is_sound(chunk: dict[int, Any], leaf: _Leaf) -> bool:
         and metadata[1] == leaf.kind
         and metadata[4] in _CODECS
         and _ENCODINGS.issuperset(metadata[2])
-        and (leaf.kind in _BINARIES or all(len(value) == _VALUE_BYTES[leaf.kind] for value in extremes))
+        and all(_is_value(extreme, leaf.kind) for extreme in extremes)
         and len(sizes.get(2, [])) in (0, leaf.repetition + 1)
         and len(sizes.get(3, [])) in (0, leaf.definition + 1)
     )
+
+
+def _is_value(statistic: bytes, kind: int) -> bool:
+    """Say whether a statistic is of its column's type; raises UnicodeDecodeError for a text that is none."""
+    if kind == _TEXT:
+        statistic.decode()
+    return kind in (_TEXT, _FIXED) or len(statistic) == _VALUE_BYTES[kind]
 
 
 def chunk_range(column: pq.ColumnChunkMetaData) -> tuple[int, int]:

@@ -117,17 +117,13 @@ def _statistics_fault(shard: Shard, group: int, table: pa.Table) -> str | None:
 
 
 def _value_fault(shard: Shard, group: int, table: pa.Table) -> str | None:
-    """Check the values of a row group, and that Arrow decodes the same lists as `pages` does."""
+    """Check the values of a row group, as `pages` and Arrow decode them."""
     spec = shard.spec
     if table["phase"].to_numpy().max() > max(PHASES.values()):
         return f"a phase that is none of {PHASES}"
     routing: dict[str, NDArray[Any]] = {}
     for name in spec.shapes:
-        values = shard.lists(group, [name])[name]
-        column = shard.arrow_table(group, [name])[name].combine_chunks()
-        bits = np.dtype(f"u{values.itemsize}")  # NaN is equal to itself only as bits
-        if not np.array_equal(column.flatten().to_numpy(zero_copy_only=True).view(bits), values.reshape(-1).view(bits)):
-            return f"{name} reads differently through Arrow"
+        values = shard.agreed_list(group, name)
         if name in ("expert_ids", "routing_weights"):
             routing[name] = values
         elif not np.isfinite(values).all():

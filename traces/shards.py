@@ -14,13 +14,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from traces.checksums import footer_digest, parse_metadata, read_chunk, read_footer_bytes
-from traces.claims import check_chunks, check_pages, check_strings
+from traces.chunk_file import ChunkFile
+from traces.claims import check_chunks, check_pages, check_strings, chunk_range
 from traces.faults import Fault, FaultError, first_line
 from traces.manifest import ManifestLine
 from traces.pages import decode_lists, is_split
@@ -66,12 +68,23 @@ class Shard:
         Raises ExpertSpeculationError naming the file where the data does not read.
         """
         try:
-            with self.path.open("rb") as file:
-                arrays = {}
-                for name in names:
-                    chunk = self._checked_chunk(file, row_group, name)
-                    arrays[name] = self._decode(chunk, row_group, name).reshape(-1, *self.spec.shapes[name])
-                return arrays
+            with open_plain(self.path) as file:
+                return {
+                    name: self._decode(self._checked_chunk(file, row_group, name), row_group, name) for name in names
+                }
+        except DOUBTS as error:
+            self._refuse(row_group, error)
+
+    def agreed_list(self, row_group: int, name: str) -> NDArray[Any]:
+        """Return a list column as `lists` does, having compared every bit of it with what Arrow decodes."""
+        try:
+            with open_plain(self.path) as file:
+                chunk = self._checked_chunk(file, row_group, name)
+            values, arrow = self._decode(chunk, row_group, name), self._through_arrow(chunk, row_group, name)
+            bits = np.dtype(f"u{values.itemsize}")  # NaN is equal to itself only as bits
+            if not np.array_equal(values.view(bits), arrow.view(bits)):
+                raise ValueError(f"{name} reads differently through Arrow")
+            return values
         except DOUBTS as error:
             self._refuse(row_group, error)
 
@@ -82,20 +95,24 @@ class Shard:
         file where the data does not read.
         """
         try:
-            with self.path.open("rb") as file:
-                for name in names:
-                    self._check_sizes(self._checked_chunk(file, row_group, name), row_group, name)
-            return self.arrow_table(row_group, names)
+            with open_plain(self.path) as file:
+                return self._arrow_table(
+                    {name: self._checked_chunk(file, row_group, name) for name in names}, row_group
+                )
         except DOUBTS as error:
             self._refuse(row_group, error)
 
-    def arrow_table(self, row_group: int, names: Sequence[str]) -> pa.Table:
-        """Return columns through Arrow alone; raises Arrow's errors."""
-        with pq.ParquetFile(
-            self.path, metadata=self.metadata, read_dictionary=_STRINGS, page_checksum_verification=True
-        ) as file:
-            table = file.read_row_group(row_group, columns=list(names), use_threads=False).unify_dictionaries()
-        for name in set(_STRINGS).intersection(names):
+    def _arrow_table(self, chunks: dict[str, memoryview], row_group: int) -> pa.Table:
+        """Return the columns of these chunks as Arrow decodes them; page sizes are checked first."""
+        columns = {name: self.metadata.row_group(row_group).column(self._numbers[name]) for name in chunks}
+        for name, chunk in chunks.items():
+            check_pages(chunk, columns[name], _COLUMN_LIMIT)
+        source = ChunkFile([(chunk_range(columns[name])[0], chunk) for name, chunk in chunks.items()])
+        file = pq.ParquetFile(
+            source, metadata=self.metadata, read_dictionary=_STRINGS, page_checksum_verification=True, pre_buffer=False
+        )
+        table = file.read_row_group(row_group, columns=list(chunks), use_threads=False).unify_dictionaries()
+        for name in set(_STRINGS).intersection(chunks):
             check_strings(table[name], _COLUMN_LIMIT)
         rows = self.num_rows(row_group)
         if table.num_rows != rows or any(column.null_count for column in table.columns):
@@ -111,21 +128,18 @@ class Shard:
         return chunk
 
     def _decode(self, chunk: memoryview, row_group: int, name: str) -> NDArray[Any]:
-        dtype = self.spec.dtypes[name]
-        if is_split(chunk):
-            size = 4 if name == "expert_ids" else 2  # Parquet has no integers below 32 bits
-            return decode_lists(
-                chunk, self.num_rows(row_group) * self.spec.widths[name], dtype, size, trusted=self.line is not None
-            )
-        self._check_sizes(chunk, row_group, name)
-        array = self.arrow_table(row_group, [name])[name].combine_chunks()
-        values: NDArray[Any] = array.flatten().to_numpy(zero_copy_only=True)
-        return values
+        """Return a list column as an array [T, ...] of the spec's shape."""
+        if not is_split(chunk):
+            return self._through_arrow(chunk, row_group, name)
+        count, dtype = self.num_rows(row_group) * self.spec.widths[name], self.spec.dtypes[name]
+        size = 4 if name == "expert_ids" else 2  # Parquet has no integers below 32 bits
+        values = decode_lists(chunk, count, dtype, size, trusted=self.line is not None)
+        return values.reshape(-1, *self.spec.shapes[name])
 
-    def _check_sizes(self, chunk: memoryview, row_group: int, name: str) -> None:
-        """Raise ValueError where pages claim to decompress to more than the footer says, or than a row group may."""
-        column = self.metadata.row_group(row_group).column(self._numbers[name])
-        check_pages(chunk, column, _COLUMN_LIMIT)
+    def _through_arrow(self, chunk: memoryview, row_group: int, name: str) -> NDArray[Any]:
+        array = self._arrow_table({name: chunk}, row_group)[name].combine_chunks()
+        values: NDArray[Any] = array.flatten().to_numpy(zero_copy_only=True)
+        return values.reshape(-1, *self.spec.shapes[name])
 
     def _refuse(self, row_group: int, error: BaseException) -> NoReturn:
         raise ExpertSpeculationError(
@@ -145,6 +159,8 @@ def find_shards(shard_dir: Path) -> list[Path]:
     if data.is_symlink():
         raise FaultError(Fault(data, "a link, wanted the folder itself", "move the folder here, or name it instead"))
     folder = data if data.is_dir() else shard_dir
+    if folder.name in ("", ".."):  # by its own name a run's `data/` is told from bare shards
+        folder = folder.resolve()
     paths = sorted(folder.glob("*.parquet"))
     if not paths:
         raise ConfigurationError(

@@ -5,6 +5,7 @@ sha256, footers against the plan, column chunks and pages against their checksum
 values against the spec, the card against its seal. No content makes it stop: it goes on after each fault.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,8 +69,8 @@ def locate(shard_dir: Path) -> Findings:
 
     A link in a run folder is not followed, for it leads out of it.
     """
-    inside = shard_dir.resolve().name == "data" and _is_run(shard_dir.resolve().parent)
-    run_dir = shard_dir.resolve().parent if inside else shard_dir
+    real = Path(os.path.realpath(shard_dir))
+    run_dir = real.parent if real.name == "data" and _is_run(real.parent) else shard_dir
     data = run_dir / "data"
     if _is_run(run_dir):
         if data.is_symlink():

@@ -45,5 +45,6 @@ def verify(shard_dir: Path, repair: bool, json_file: Path | None) -> None:
     write_results(json_file, facts)
     if faults:
         raise IncompleteError(f"{shard_dir}: {len(faults)} fault{'s' if len(faults) > 1 else ''} found")
-    kind = "shards" if found.is_run else "bare shards, with neither plan nor manifest to compare them with"
-    click.echo(f"{shard_dir}: no fault found in {len(found.entries)} {kind}")
+    shards = f"{len(found.entries)} {'' if found.is_run else 'bare '}shard{'s' if len(found.entries) != 1 else ''}"
+    remark = "" if found.is_run else ", with neither plan nor manifest to compare with"
+    click.echo(f"{shard_dir}: no fault found in {shards}{remark}")

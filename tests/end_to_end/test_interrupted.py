@@ -53,6 +53,7 @@ def running(arguments: list[str], run_dir: Path) -> Iterator[subprocess.Popen[st
     """Start the command as a process of its own, and wait until its first shard is finished."""
     command = [sys.executable, "-m", "expert_speculation", *arguments, "--output_dir", str(run_dir)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # the bits of sums depend on it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job passes on: ignore it
     with subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -64,6 +65,7 @@ def running(arguments: list[str], run_dir: Path) -> Iterator[subprocess.Popen[st
             yield process
         finally:
             process.kill()
+            signal.signal(signal.SIGINT, before)
 
 
 def content(run_dir: Path) -> list[tuple[Any, ...]]:

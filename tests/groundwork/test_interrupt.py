@@ -12,8 +12,8 @@ from groundwork.interrupt import SIGNALS, finishing_steps, raise_on_signals
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Put every handler back that a test has changed."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    """Put every handler back that a test has changed; a shell's background job begins with SIGINT ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     raise_on_signals()
     yield
     for number, handler in before.items():

@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from groundwork.errors import ConfigurationError
-from traces.plan import Plan, cut_shards, estimated_bytes_per_token, fingerprint
+from traces.plan import PLAN_LIMIT, Plan, PlannedShard, cut_shards, estimated_bytes_per_token, fingerprint
 
 
 def test_plan_survives_saving(tmp_path, make_spec, make_sequences, make_plan):
@@ -52,6 +53,32 @@ def test_plan_with_a_gap_or_a_wrong_count_is_refused(make_spec, make_sequences, 
     ):
         with pytest.raises(ValueError, match="shard"):
             replace(plan, shards=shards)
+
+
+def test_numbers_that_no_shard_has_are_refused():
+    for numbers in ((-1, 0, 1, 1), (0, 0.0, 1, 1), (0, 0, "1", 1), (0, 0, 1, True), (0, 0, 2**33, 1), (0, None, 1, 1)):
+        with pytest.raises(ValueError, match="no shard has these numbers"):
+            PlannedShard(*numbers)
+
+
+def test_plan_too_large_to_be_read_back_is_not_written(tmp_path, make_spec, make_sequences, make_plan):
+    spec = make_spec()
+    plan = make_plan(spec, make_sequences(spec, [3, 4, 5]))
+    keys = pa.array(["x" * 30_000_000] * 3)
+    long_keys = plan.sequences.set_column(2, plan.sequences.schema.field("sequence_key"), keys)
+    for large in (replace(plan, sequences=long_keys), replace(plan, settings={"text": "x" * PLAN_LIMIT})):
+        with pytest.raises(ConfigurationError, match=r"the plan is too large to be read back .*--shard_size_mb"):
+            large.save(tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_long_keys_of_a_small_plan_are_no_hostility(tmp_path, make_spec, make_sequences, make_plan):
+    spec = make_spec()
+    plan = make_plan(spec, make_sequences(spec, [3, 4, 5]))
+    keys = pa.array(["x" * 1_000_000] * 3)
+    plan = replace(plan, sequences=plan.sequences.set_column(2, plan.sequences.schema.field("sequence_key"), keys))
+    plan.save(tmp_path)
+    assert Plan.load(tmp_path).sequences.equals(plan.sequences)
 
 
 @given(st.lists(st.integers(1, 5000)), st.floats(0.001, 2))

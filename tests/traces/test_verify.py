@@ -18,6 +18,7 @@ from traces.card import CARD_NAME, EDITED, sealed_card, sealed_facts
 from traces.checksums import checksums
 from traces.manifest import MANIFEST_NAME, parse_lines, read_manifest
 from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan, parse_plan
+from traces.reader import TraceDataset
 from traces.shard_check import shard_fault
 from traces.verify import verify
 
@@ -62,6 +63,28 @@ def flipped(content: bytes) -> Iterator[bytes]:
 
 def test_sound_run_has_no_fault_from_either_folder(sound):
     assert verify(sound) == verify(sound / "data") == []
+
+
+def test_run_is_known_as_one_from_within_and_through_a_link_to_it(run, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(run)
+    (run / SHARDS[2]).rename(run / "data" / "train-00007.parquet")
+    for folder, name in {run / "data": ".", tmp_path: "link", run: "data", run / "data" / "..": "."}.items():
+        monkeypatch.chdir(folder)
+        problems = {fault.path.name: fault.problem for fault in verify(Path(name))}
+        assert problems["train-00002.parquet"] == "missing, but the manifest lists it"
+        with pytest.raises(ConfigurationError, match=r"train-00002\.parquet: missing, but the manifest lists it"):
+            TraceDataset(Path(name))
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(ConfigurationError, match="loop: missing"):
+        verify(loop)
+
+
+def test_what_the_system_does_not_let_us_read_is_not_proven_wrong(tmp_path):
+    fault = shard_fault(tmp_path / ("x" * 300), None, None)
+    assert fault is not None
+    assert not fault.proven
+    assert fault.problem == "can not be read (File name too long)"
 
 
 @settings(max_examples=80, deadline=None)
