@@ -1,5 +1,6 @@
 """docs/CLI.md, generated from the commands themselves: `python -m expert_speculation.reference docs/CLI.md`."""
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,18 @@ def render() -> str:
     for name, command in cli.commands.items():
         arguments = " ".join(item.make_metavar(click.Context(command)) for item in command.params if _is_argument(item))
         lines += [f"## {name}", "", f"`expert-speculation {name}{' ' + arguments if arguments else ''} [OPTIONS]`", ""]
-        lines += [command.help or "", "", "| option | default | what |", "|---|---|---|"]
+        lines += [_prose(command.help or ""), "", "| option | default | what |", "|---|---|---|"]
         lines += [_row(item) for item in command.params if isinstance(item, click.Option) and not item.hidden]
         lines.append("")
     return "\n".join(lines)
+
+
+def _prose(text: str) -> str:
+    """A help text as Markdown; what click is told to keep as it is, by a backspace, stands between fences."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(
+        f"```\n{each.removeprefix(chr(8)).strip()}\n```" if each.startswith("\b") else each for each in paragraphs
+    )
 
 
 def _is_argument(item: click.Parameter) -> bool:

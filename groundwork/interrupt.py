@@ -4,6 +4,7 @@ Outside of `finishing_steps` each raises KeyboardInterrupt wherever the program 
 and raised when the program next says that a step is done; a second one is raised at once.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -16,9 +17,13 @@ NOTICE = b"\nInterrupted: finishing this step first; once more interrupts at onc
 
 
 def raise_on_signals() -> None:
-    """Have SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does; what is ignored (under nohup) stays ignored."""
+    """Have SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does; what is ignored (under nohup) stays ignored.
+
+    Once Python exits they are ignored: the work is done, and its exit code shall say so.
+    """
     for number in _heeded():
         signal.signal(number, _raise)
+    atexit.register(_ignore)
 
 
 @contextlib.contextmanager
@@ -55,6 +60,11 @@ def _heeded() -> list[signal.Signals]:
     if threading.current_thread() is not threading.main_thread():
         return []
     return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+
+
+def _ignore() -> None:
+    for number in _heeded():
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

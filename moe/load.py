@@ -115,8 +115,108 @@ def load_tokenizer(path: str) -> Any:
     return read_tokenizer(find_source(path))
 
 
+def describe_model(path: str, dtype: str = "auto") -> dict[str, Any]:
+    """Return what tracing the model would meet, from its configuration alone: no weight is read.
+
+    Keys: name, revision, family, model_layers, num_layers (MoE layers), moe_layers, num_experts, top_k, router_class,
+    weights_normalized, dtype, parameters and parameter_bytes (each by component and as `total`, without the language
+    model's head). Raises ConfigurationError as `load_model` does.
+    """
+    _choose("--dtype", dtype, DTYPES)
+    source = find_source(path)
+    sketch, layout = _sketch(source, dtype)
+    counts = _count_by_component(sketch, layout)
+    return {
+        "name": source.name,
+        "revision": source.revision,
+        "family": type(sketch).__name__,
+        "model_layers": sketch.config.get_text_config().num_hidden_layers,
+        "num_layers": layout.num_layers,
+        "moe_layers": list(layout.moe_layers),
+        "num_experts": layout.num_experts,
+        "top_k": layout.top_k,
+        "router_class": layout.router_class,
+        "weights_normalized": layout.weights_normalized,
+        "dtype": str(sketch.dtype).removeprefix("torch."),
+        "parameters": {name: count for name, (count, _) in counts.items()},
+        "parameter_bytes": {name: size for name, (_, size) in counts.items()},
+    }
+
+
+def _sketch(source: Source, dtype: str) -> tuple[PreTrainedModel, RouterLayout]:
+    """Return the model on the meta device, which takes no memory, and its routers."""
+    with refusing(source, "config.json"):
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+        wanted = (stated or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            sketch = _auto_model.from_config(config, dtype=wanted, trust_remote_code=False)
+    sketch.config.name_or_path = str(source.folder)
+    return sketch, find_routers(sketch)
+
+
+def _settle_quantization(
+    asked: str, sketch: PreTrainedModel, layout: RouterLayout, device: torch.device, source: Source
+) -> str:
+    """Return none, int8, nf4 or nf4-double, or raise ConfigurationError where the model can not fit or be quantised."""
+    stored = getattr(sketch.config, "quantization_config", None)
+    if stored and asked not in ("none", "auto"):
+        raise ConfigurationError(
+            f"{source.folder}: the checkpoint is already quantised; use --quantization none to run it as it is"
+        )
+    _, needed = _count_by_component(sketch, layout)["total"]
+    free = free_memory_bytes(device)
+    if asked == "auto":
+        asked = "nf4" if device.type == "cuda" and needed > 0.9 * free and not stored else "none"
+    if asked == "none" and needed > free and not stored:
+        raise ConfigurationError(
+            f"{source.folder}: needs {needed / 1e9:.1f} GB as {str(sketch.dtype).removeprefix('torch.')}, and {device} "
+            f"has {free / 1e9:.1f} GB free; use --quantization nf4, a smaller model or a device with more memory"
+        )
+    return asked
+
+
+def _quantization_label(model: PreTrainedModel, quantization: str) -> str:
+    stored = getattr(model.config, "quantization_config", None)
+    if quantization != "none" or stored is None:
+        return quantization
+    return str(stored["quant_method"] if isinstance(stored, dict) else stored.quant_method)
+
+
+def _count_by_component(model: PreTrainedModel, layout: RouterLayout) -> dict[str, tuple[int, int]]:
+    """Return (parameters, bytes) of each component, tied parameters once, and of their `total`."""
+    component_of: dict[int, str] = {}
+
+    def assign(module: nn.Module, component: str) -> None:
+        for parameter in module.parameters():
+            component_of.setdefault(id(parameter), component)
+
+    for site in layout.sites:
+        assign(site.module, "routers")
+        assign(site.experts, "experts")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            assign(module, "embeddings")
+        elif re.search(r"(?:^|\.)[^.]*shared[^.]*$", name):
+            assign(module, "shared_experts")
+        elif re.search(r"(?:^|\.)[^.]*attn[^.]*$|attention$", name):
+            assign(module, "attention")
+    counts: dict[str, tuple[int, int]] = {}
+    for parameter in model.parameters():
+        component = component_of.get(id(parameter), "other")
+        count, size = counts.get(component, (0, 0))
+        counts[component] = (count + parameter.numel(), size + parameter.nbytes)
+    totals = (sum(count for count, _ in counts.values()), sum(size for _, size in counts.values()))
+    return {**dict(sorted(counts.items())), "total": totals}
+
+
 def _tokenizer_hash(tokenizer: Any) -> str:
     """Return a digest of all that decides how text becomes tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _choose(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigurationError(f"{option} {value}: unknown; use one of {', '.join(known)}")

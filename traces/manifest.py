@@ -57,6 +57,11 @@ def shard_name(index: int) -> str:
     return f"train-{index:05d}.parquet"
 
 
+def range_of(line: ManifestLine) -> tuple[int, int, int, int]:
+    """Return what a line says of its shard's place, as the fields of a `PlannedShard`."""
+    return line.index, line.first_sequence, line.stop_sequence, line.tokens
+
+
 def append_line(run_dir: Path, line: ManifestLine) -> None:
     """Append and fsync one line, first cutting off a torn one; the caller holds the run's lock.
 
@@ -139,7 +144,7 @@ def _is_possible(line: ManifestLine) -> bool:
     """Say whether the fields are of their types and could be true of any shard."""
     counts = (line.index, line.first_sequence, line.stop_sequence, line.sequences, line.tokens, line.bytes)
     return (
-        all(type(number) is int and number >= 0 for number in chain(counts, *line.chunk_crc32))
+        all(type(number) is int and 0 <= number < 2**63 for number in chain(counts, *line.chunk_crc32))
         and all(isinstance(text, str) for text in (line.sha256, line.footer_blake2b, *line.notes))
         and type(line.seconds) in (int, float)
         and line.shard == shard_name(line.index)

@@ -57,7 +57,7 @@ class PlannedShard:
 
     def __post_init__(self) -> None:
         numbers = asdict(self).values()
-        if not all(type(number) is int and number >= 0 for number in numbers) or self.stop_sequence > 2**32:
+        if not all(type(number) is int and 0 <= number <= 2**32 for number in numbers):
             raise ValueError(f"no shard has these numbers: {', '.join(map(repr, numbers))}")
 
     @property

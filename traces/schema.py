@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
 OPTIONAL_COLUMNS = ("weights", "logits", "lookahead")
+LOOKAHEAD_NORMS = ("next", "own")
 PHASES = {"prefill": 0, "decode": 1}
 SPEC_KEY = b"routing_trace"  # footer: the spec as JSON, equal in every shard of a run
 SHARD_KEY = b"routing_trace_shard"  # footer: this shard's index and sequence range
@@ -47,6 +48,7 @@ class TraceSpec:
     plan_fingerprint: str
     store: tuple[str, ...]  # which optional columns exist, of OPTIONAL_COLUMNS
     horizons: int = 0  # H of lookahead_logits
+    lookahead_norm: str | None = None  # one of LOOKAHEAD_NORMS; None where there are none, or it is unknown
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_experts", "top_k"):
@@ -66,6 +68,8 @@ class TraceSpec:
             raise ValueError(
                 f"horizons {self.horizons} does not fit store {self.store} and num_layers {self.num_layers}"
             )
+        if self.lookahead_norm is not None and (self.lookahead_norm not in LOOKAHEAD_NORMS or not self.horizons):
+            raise ValueError(f"lookahead_norm {self.lookahead_norm!r} does not fit horizons {self.horizons}")
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec and the format version as JSON-ready values."""
@@ -171,7 +175,8 @@ def decoded_bytes_per_token(spec: TraceSpec) -> int:
 class SequenceTrace:
     """One sequence's routing; columns that were not stored or not asked for are None (`tokens_T`: empty).
 
-    `lookahead_logits_THLE[t, h-1, l]` is layer l's router applied to layer (l-h)'s router input, zeros where l < h.
+    `lookahead_logits_THLE[t, h-1, l]` is layer l's router applied h layers early, zeros where l < h: to layer (l-h)'s
+    router input (`lookahead_norm` own), or to what layer l's own norm makes of the residual stream there (next).
     """
 
     dataset: str
@@ -215,6 +220,8 @@ class SequenceTrace:
             raise ValueError(
                 f"{len(self.tokens_T)} token strings for {tokens} tokens; a sequence has at least one token"
             )
+        if self.phase_T.max() > max(PHASES.values()):
+            raise ValueError(f"phase {self.phase_T.max()}, wanted one of {PHASES}")
         problem = routing_fault(spec, self.expert_ids_TLK, self.routing_weights_TLK)
         if problem:
             raise ValueError(problem)

@@ -8,7 +8,7 @@ and its page checksums before it is decoded.
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -24,7 +24,7 @@ from traces.checksums import footer_digest, parse_metadata, read_chunk, read_foo
 from traces.chunk_file import ChunkFile
 from traces.claims import check_chunks, check_pages, check_strings, chunk_range
 from traces.faults import Fault, FaultError, first_line
-from traces.manifest import ManifestLine
+from traces.manifest import ManifestLine, range_of
 from traces.pages import decode_lists, is_split
 from traces.plain_files import open_plain
 from traces.plan import PlannedShard
@@ -34,7 +34,7 @@ _STRINGS = ["dataset", "sequence_key", "token"]
 _COLUMN_LIMIT = 4 * ROW_GROUP_BYTES  # of pages, and of strings written out: 4 kB a token and more
 DOUBTS = (  # what a file's content can raise
     *(pa.ArrowException, OSError, ValueError, TypeError, KeyError, IndexError, AttributeError),
-    *(OverflowError, RecursionError, MemoryError),
+    *(OverflowError, RuntimeError, MemoryError),
 )
 
 
@@ -198,6 +198,8 @@ def parse_shard(path: Path, line: ManifestLine | None = None) -> Shard:
             raise ValueError(f"it has column {found} where its metadata wants {wanted}")
         if planned.name != path.name:
             raise ValueError(f"its footer is that of {planned.name}")
+        if line is not None and range_of(line) != astuple(planned):
+            raise ValueError("its footer's range differs from its manifest line")
         if metadata.num_rows != planned.num_tokens:
             raise ValueError(f"{metadata.num_rows} rows where its footer plans {planned.num_tokens}")
         _check_row_groups(metadata, spec, size - len(footer))

@@ -7,14 +7,14 @@ values against the spec, the card against its seal. No content makes it stop: it
 
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from groundwork.progress import progress
 from traces.card import CARD_NAME, card_fault
 from traces.faults import MOVE_AWAY, REPAIR, RESUME, Fault, FaultError, unread
-from traces.manifest import MANIFEST_NAME, ManifestLine, line_fault, parse_manifest
-from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan, PlannedShard
+from traces.manifest import MANIFEST_NAME, ManifestLine, line_fault, parse_manifest, range_of
+from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan
 from traces.shard_check import shard_fault
 from traces.shards import find_shards, parse_shard
 
@@ -33,6 +33,7 @@ class Findings:
     data: Path
     is_run: bool  # False: bare shards, with neither plan nor manifest
     plan: Plan | None = None
+    has_manifest: bool = False  # one that can be read, whatever is wrong with its lines
     lines: list[ManifestLine] = field(default_factory=list)
     entries: dict[Path, Fault | None] = field(default_factory=dict)
     unlisted: list[Path] = field(default_factory=list)
@@ -94,7 +95,8 @@ def _check_manifest(found: Findings) -> bool:
     except FaultError as error:
         found.faults.append(error.fault)
         return False
-    if not path.exists() and any(found.data.glob("*.parquet")):
+    found.has_manifest = path.exists()
+    if not found.has_manifest and any(found.data.glob("*.parquet")):
         found.faults.append(Fault(path, "missing", f"{REPAIR}, which rebuilds it from the shards"))
     if torn:
         found.faults.append(Fault(path, f"line {len(lines) + 1} is torn", f"{RESUME}, or {REPAIR}"))
@@ -118,8 +120,8 @@ def _line_problem(line: ManifestLine, plan: Plan | None, seen: set[int]) -> str 
         return None
     if line.index >= len(plan.shards):
         return f"lists {line.shard}, which is not planned"
-    own = PlannedShard(line.index, line.first_sequence, line.stop_sequence, line.tokens)
-    return None if own == plan.shards[line.index] else f"gives {line.shard} a range that is not the planned one"
+    fits = range_of(line) == astuple(plan.shards[line.index])
+    return None if fits else f"gives {line.shard} a range that is not the planned one"
 
 
 def _check_files(found: Findings) -> None:
@@ -140,7 +142,7 @@ def _check_files(found: Findings) -> None:
             found.faults.append(fault)
         elif found.is_run and path.name not in listed:
             found.unlisted.append(path)
-    if (found.run_dir / MANIFEST_NAME).exists():
+    if found.has_manifest:
         found.faults += [Fault(path, "not in the manifest", f"{REPAIR}, which lists it") for path in found.unlisted]
     found.faults += [
         Fault(found.data / name, "missing, but the manifest lists it", f"restore it from a copy, or {RESUME}")

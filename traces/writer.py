@@ -184,11 +184,12 @@ def to_table(sequences: Sequence[SequenceTrace], spec: TraceSpec, schema: pa.Sch
 def lock_run(run_dir: Path) -> Iterator[None]:
     """Hold the run folder as its only writer; an `flock`, so the death of the process releases it.
 
-    Raises ConfigurationError when another process holds it.
+    Raises ConfigurationError when another process holds it, and where something in it leads out of it.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        file = os.fdopen(os.open(run_dir / ".lock", flags, 0o666), "rb")
     except OSError as error:
         raise ConfigurationError(
             f"{run_dir}: can not be written ({error.strerror}); give another --output_dir or its permissions"
@@ -200,6 +201,9 @@ def lock_run(run_dir: Path) -> Iterator[None]:
             raise ConfigurationError(
                 f"{run_dir}: another process is writing this run; wait for it or choose another --output_dir"
             ) from error
+        for folder in (run_dir / ".tmp", run_dir / "data"):
+            if folder.is_symlink():
+                raise ConfigurationError(f"{folder}: a link, wanted a folder; move it away, or move its target here")
         yield
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -96,3 +98,16 @@ def test_another_thread_which_gets_no_signals_is_left_alone() -> None:
     thread.start()
     thread.join()
     assert steps == ["done"]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_pythons_exit_does_not_change_the_exit_code(number: signal.Signals) -> None:
+    code = (
+        "import os\n"
+        "from groundwork.interrupt import raise_on_signals\n"
+        "class Last:\n"
+        f"    def __del__(self, kill=os.kill, own=os.getpid()): kill(own, {int(number)})\n"
+        "last = Last()\n"
+        "raise_on_signals()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

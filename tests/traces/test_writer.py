@@ -110,3 +110,18 @@ def test_output_folder_that_can_not_be_made_is_refused(tmp_path):
         lock_run(tmp_path / "file"),
     ):
         pass
+
+
+def test_what_leads_out_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name in (".tmp", "data"):
+        run_dir = tmp_path / f"run{name}"
+        run_dir.mkdir()
+        (run_dir / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(ConfigurationError, match=rf"{name}: a link, wanted a folder"), lock_run(run_dir):
+            pass
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / ".lock").symlink_to(tmp_path / "elsewhere" / "file")
+    with pytest.raises(ConfigurationError, match="can not be written"), lock_run(tmp_path / "linked"):
+        pass
+    assert list((tmp_path / "elsewhere").iterdir()) == []
