@@ -6,10 +6,27 @@ sorted by length within a window of consecutive ones, and batches never cross wi
 
 from collections.abc import Sequence
 
+import torch
+
+from groundwork.hardware import free_memory_bytes
 from traces.schema import TraceSpec, decoded_bytes_per_token
 
 WINDOW_BATCHES = 64  # sorting this many batches' worth leaves a few per cent of padding
 WINDOW_BYTES = 256 * 2**20  # decoded routing that may wait
+
+PRESETS = {"80 GB": (70e9, 65536), "48 GB": (40e9, 32768), "24 GB": (20e9, 16384)}
+"""Cards by size: from how many free bytes on, and padded tokens per batch; about a quarter of a card for activations.
+
+Mixtral-8x7B's widest layer takes some 0.25 MB a token in bfloat16: two experts' 2 x 14,336 gate and up values, their
+products and outputs of 4,096, and the residual stream.
+"""
+SMALLEST_PRESET = 8192  # of CPUs and smaller cards
+
+
+def preset_batch_tokens(device: torch.device) -> int:
+    """Return the padded tokens of a batch on `device`, by its free memory."""
+    free = free_memory_bytes(device) if device.type == "cuda" else 0
+    return next((tokens for least, tokens in PRESETS.values() if free >= least), SMALLEST_PRESET)
 
 
 def window_tokens(spec: TraceSpec, batch_tokens: int) -> int:

@@ -1,18 +1,22 @@
 """The collection run: texts are drawn, the model is loaded, a plan is saved, and batch after batch becomes shards."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from collection.plan import Layout, make_plan, make_spec
+from collection.batching import PRESETS, SMALLEST_PRESET
+from collection.hidden import HiddenSample
+from collection.plan import Layout, lay_out_again, make_plan, make_spec, model_identity
 from collection.preparation import prepare, shortfall
+from collection.probing import fitting_batch_tokens
+from collection.running import BatchRunner
 from collection.settings import CollectSettings
 from collection.tokens import TokenText
 from collection.tracing import trace_shards
-from groundwork.errors import ConfigurationError, IncompleteError
+from groundwork.errors import ConfigurationError
 from groundwork.hardware import describe_device
 from groundwork.progress import log
 from moe.load import LoadedModel, load_model
@@ -21,20 +25,26 @@ from moe.routers import find_routers
 from traces.card import write_card
 from traces.plan import estimated_bytes_per_token
 from traces.run_folder import begin, check_free_space, writing
+from traces.schema import HIDDEN
 
 __all__ = ["CollectResult", "CollectSettings", "collect", "dry_run"]
 
 
 @dataclass(frozen=True)
 class CollectResult:
-    """What a run wrote; `sources` are the plan's records, `padding_share` is of the positions run through the model."""
+    """What a run wrote; `sources` are the plan's records, `padding_share` is of the positions run through the model.
+
+    `shortfall` says which sources had fewer usable texts than were asked of them, and is None where all had enough.
+    """
 
     run_dir: Path
     sequences: int
     tokens: int
     shards: int
     sources: list[dict[str, Any]]
+    batches: int
     padding_share: float
+    shortfall: str | None
     seconds: float
 
     def facts(self) -> dict[str, Any]:
@@ -46,8 +56,8 @@ def collect(settings: CollectSettings) -> CollectResult:
     """Trace the texts that `settings` name and write them as a run folder, or finish the one that is resumed.
 
     Raises ConfigurationError for anything that can not work, if possible before weights are loaded, and IncompleteError
-    once all is written where a source had fewer usable texts than its share. KeyboardInterrupt leaves a run that
-    `resume` continues.
+    where there is no usable text at all; fewer than asked for is a `shortfall` of the result. KeyboardInterrupt leaves
+    a run that `resume` continues.
     """
     started = time.monotonic()
     prepared = prepare(settings)
@@ -60,14 +70,32 @@ def collect(settings: CollectSettings) -> CollectResult:
             quantization=settings.quantization,
             attn_implementation=settings.attn_implementation,
             experts_implementation=settings.experts_implementation,
+            language_model=settings.generate > 0,
         )
         _check_tokens(loaded, layout)
         routers = find_routers(loaded.model)
-        plan = make_plan(layout, prepared.draws, make_spec(loaded, routers, settings), prepared.identity, loaded)
-        check_free_space(run_dir, plan)
-        plan, finished = begin(run_dir, plan, resume=settings.resume)
-        with ResidentTracer(loaded.model, routers, store=plan.spec.store, horizons=plan.spec.horizons) as tracer:
-            trace_shards(run_dir, plan, layout, finished, tracer, TokenText(loaded.tokenizer))
+        spec = make_spec(loaded, routers, settings)
+        identity = prepared.identity | model_identity(loaded, spec)
+        columns = tuple(name for name in spec.store if name != HIDDEN)
+        hidden = (
+            HiddenSample(layout.num_tokens_S, settings.sample_hidden, settings.seed) if HIDDEN in spec.store else None
+        )
+        with ResidentTracer(loaded.model, routers, columns, spec.horizons, settings.lookahead_norm) as tracer:
+            runner = BatchRunner(
+                tracer,
+                new_tokens=settings.generate,
+                temperature=settings.temperature,
+                seed=settings.seed,
+                hidden=hidden,
+            )
+            if settings.batch_size == "auto":
+                settings = replace(settings, batch_size=None, batch_tokens=fitting_batch_tokens(runner, layout))
+                layout = lay_out_again(layout, spec, settings)
+                identity |= {"batch_size": None, "batch_tokens": settings.batch_tokens}
+            plan = make_plan(layout, prepared.draws, spec, identity)
+            check_free_space(run_dir, plan)
+            plan, finished = begin(run_dir, plan, resume=settings.resume)
+            trace_shards(run_dir, plan, layout, finished, runner, TokenText(loaded.tokenizer))
         write_card(run_dir)
     result = CollectResult(
         run_dir=run_dir,
@@ -75,25 +103,26 @@ def collect(settings: CollectSettings) -> CollectResult:
         tokens=sum(layout.num_tokens_S),
         shards=len(plan.shards),
         sources=plan.sources,
+        batches=len(layout.batches),
         padding_share=layout.padding_share,
+        shortfall=shortfall(prepared.draws),
         seconds=time.monotonic() - started,
     )
     log(
         f"{run_dir}: {result.sequences} sequences, {result.tokens} tokens, {result.shards} shards, traced on "
         f"{describe_device(loaded.device)}; {result.padding_share:.1%} of the positions were padding"
     )
-    if result.sequences < settings.target_traces:
-        raise IncompleteError(f"{run_dir}: holds {shortfall(prepared.draws)}")
     return result
 
 
 def dry_run(settings: CollectSettings) -> dict[str, Any]:
     """Return what `collect` would do, as JSON-ready values, without loading weights or writing anything.
 
-    `bytes` is an estimate. Raises ConfigurationError as `collect` does.
+    `bytes` is an estimate, and so are `batches` and `padding_share` where the batch is to be found by probing. Raises
+    ConfigurationError as `collect` does.
     """
     prepared = prepare(settings)
-    layout, spec = prepared.layout, prepared.spec
+    settings, layout, spec = prepared.settings, prepared.layout, prepared.spec
     tokens = sum(layout.num_tokens_S)
     return {
         "run_dir": str(prepared.run_dir),
@@ -106,8 +135,12 @@ def dry_run(settings: CollectSettings) -> dict[str, Any]:
         "tokens": tokens,
         "shards": len(layout.shards),
         "batches": len(layout.batches),
+        "batch_size": settings.batch_size,
+        "batch_tokens": settings.batch_tokens,
+        "batch_tokens_by_memory": {name: preset for name, (_, preset) in PRESETS.items()} | {"else": SMALLEST_PRESET},
         "padding_share": layout.padding_share,
         "bytes": round(tokens * estimated_bytes_per_token(spec)),
+        "shortfall": shortfall(prepared.draws),
     }
 
 

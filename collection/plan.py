@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from collection.batching import cut_batches, padding_share, window_tokens
+from collection.batching import SMALLEST_PRESET, cut_batches, padding_share, window_tokens
 from collection.sampling import Draw, Sequence
 from collection.settings import CollectSettings
 from groundwork.errors import ConfigurationError
@@ -31,15 +31,15 @@ _WORDS = 2**17  # of 8 bytes, that are reduced to one in the digest of the weigh
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The order of work: sequences by id, shard ranges, and batches as lists of sequence ids, shard after shard."""
+    """The order of work: sequences by id, shard ranges, and batches as lists of sequence ids, shard after shard.
+
+    `num_tokens_S` counts what is traced of each sequence: its text and the tokens that are decoded after it.
+    """
 
     sequences: list[Sequence]
+    num_tokens_S: list[int]
     shards: list[PlannedShard]
     batches: list[list[int]]
-
-    @property
-    def num_tokens_S(self) -> list[int]:
-        return [len(sequence.token_ids_T) for sequence in self.sequences]
 
     @property
     def padding_share(self) -> float:
@@ -54,36 +54,41 @@ def lay_out(draws: list[Draw], spec: TraceSpec, settings: CollectSettings) -> La
     Raises ConfigurationError for a sequence too long for a row group.
     """
     sequences = _interleave(draws, settings.seed)
-    num_tokens_S = [len(sequence.token_ids_T) for sequence in sequences]
+    num_tokens_S = [len(sequence.token_ids_T) + settings.generate for sequence in sequences]
     limit = ROW_GROUP_BYTES // decoded_bytes_per_token(spec)
     if max(num_tokens_S) > limit:
         raise ConfigurationError(
-            f"--max_length {settings.max_length}: a text has {max(num_tokens_S)} tokens, and at most "
+            f"--max_length {settings.max_length}: a sequence has {max(num_tokens_S)} tokens, and at most "
             f"{limit} can be stored together with these columns; lower it, or store fewer columns"
         )
     shards = cut_shards(num_tokens_S, spec, settings.shard_size_mb)
-    window = window_tokens(spec, settings.batch_tokens)
-    batches = [
+    return Layout(sequences, num_tokens_S, shards, _batches(num_tokens_S, shards, spec, settings))
+
+
+def lay_out_again(layout: Layout, spec: TraceSpec, settings: CollectSettings) -> Layout:
+    """Return the layout with the batches of settings that differ in nothing else."""
+    return replace(layout, batches=_batches(layout.num_tokens_S, layout.shards, spec, settings))
+
+
+def _batches(
+    num_tokens_S: list[int], shards: list[PlannedShard], spec: TraceSpec, settings: CollectSettings
+) -> list[list[int]]:
+    batch_tokens, batch_size = settings.batch_tokens or SMALLEST_PRESET, settings.batch_size
+    return [
         [shard.first_sequence + position for position in batch]
         for shard in shards
         for batch in cut_batches(
             num_tokens_S[shard.first_sequence : shard.stop_sequence],
-            window=window,
-            batch_tokens=settings.batch_tokens,
-            batch_size=settings.batch_size,
+            window=window_tokens(spec, batch_tokens),
+            batch_tokens=batch_tokens,
+            batch_size=batch_size if isinstance(batch_size, int) else None,
         )
     ]
-    return Layout(sequences, shards, batches)
 
 
-def make_plan(
-    layout: Layout, draws: list[Draw], spec: TraceSpec, identity: dict[str, Any], loaded: LoadedModel
-) -> Plan:
-    """Return the plan as it is saved; its settings are the fields that a resumed run must share.
-
-    `identity` holds those that were known before the model was loaded.
-    """
-    identity = identity | {
+def model_identity(loaded: LoadedModel, spec: TraceSpec) -> dict[str, Any]:
+    """Return what a resumed run must share of the loaded model; before its first pass, which may rearrange weights."""
+    return {
         "model": spec.model_name,
         "model_revision": spec.model_revision,
         "model_config": _config_digest(loaded.config),
@@ -95,6 +100,10 @@ def make_plan(
         "experts_implementation": spec.experts_implementation,
         "bitsandbytes": None if spec.quantization == "none" else spec.library_versions.get("bitsandbytes"),
     }
+
+
+def make_plan(layout: Layout, draws: list[Draw], spec: TraceSpec, identity: dict[str, Any]) -> Plan:
+    """Return the plan as it is saved; its settings, `identity`, are the fields that a resumed run must share."""
     table = _table(layout)
     rows = hashlib.blake2b(digest_size=16)
     for column in ("num_tokens", "shard", "batch"):
@@ -132,6 +141,9 @@ def make_spec(loaded: LoadedModel, layout: RouterLayout, settings: CollectSettin
         plan_fingerprint="",
         store=settings.columns,
         horizons=settings.horizons,
+        lookahead_norm=settings.lookahead_norm if settings.horizons else None,
+        hidden_size=loaded.config.get_text_config().hidden_size if settings.sample_hidden else 0,
+        hidden_fraction=float(settings.sample_hidden),
     )
 
 

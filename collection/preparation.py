@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from collection.datasets import Source, resolve
+from collection.batching import preset_batch_tokens
+from collection.datasets import Source, keep_revisions, resolve
 from collection.plan import Layout, lay_out, texts_digest
 from collection.sampling import Draw, draw
 from collection.settings import CollectSettings
@@ -52,14 +53,20 @@ def prepare(settings: CollectSettings) -> Prepared:
     run_dir = settings.run_dir(model["name"])
     check_folder(run_dir, resume=settings.resume)
     saved = Plan.load(run_dir) if settings.resume and (run_dir / PLAN_NAME).exists() else None
-    settings = _keep_decisions(settings, saved) if saved else settings
+    if saved:
+        settings = _keep_decisions(settings, saved)
+        keep_revisions(sources, saved.sources)
     device = choose_device(settings.device)
     if settings.horizons >= model["num_layers"]:
         raise ConfigurationError(
             f"--lookahead {settings.horizons}: must be below the {model['num_layers']} MoE layers of {model['name']}; "
             "lower it"
         )
-    settings = replace(_limit_length(settings, model), device=str(device))
+    settings = replace(
+        _limit_length(settings, model),
+        device=str(device),
+        batch_tokens=None if settings.batch_size == "auto" else settings.batch_tokens or preset_batch_tokens(device),
+    )
     identity = _identity(settings, model, device, sources)
     if saved:
         refuse_changes(run_dir, saved, identity)
@@ -74,8 +81,8 @@ def prepare(settings: CollectSettings) -> Prepared:
     return Prepared(settings, model, device, run_dir, draws, spec, layout, identity)
 
 
-def shortfall(draws: list[Draw]) -> str:
-    """Say how many sequences there are of those asked for, and where the missing ones went."""
+def shortfall(draws: list[Draw]) -> str | None:
+    """Say how many sequences there are of those asked for, and where missing ones went; None where there are all."""
     asked, had = sum(each.requested for each in draws), sum(len(each.sequences) for each in draws)
     short = [
         f"{each.source.name} gave {len(each.sequences)} of {each.requested} from {each.rows} rows ("
@@ -84,6 +91,8 @@ def shortfall(draws: list[Draw]) -> str:
         for each in draws
         if len(each.sequences) < each.requested
     ]
+    if not short:
+        return None
     remedy = "name larger data sets, or lower --target_traces or --min_tokens"
     return f"{had} of {asked} sequences: {'; '.join(short)}; {remedy}"
 
@@ -98,6 +107,8 @@ def _keep_decisions(settings: CollectSettings, saved: Plan) -> CollectSettings:
         "quantization": ("auto", MODES),
         "dtype": ("auto", DTYPES),
         "device": ("auto", ("cpu", "mps")),
+        "batch_size": ("auto", None),
+        "batch_tokens": (None, None),
         "attn_implementation": (None, None),
         "experts_implementation": (None, None),
     }
@@ -113,12 +124,25 @@ def _keep_decisions(settings: CollectSettings, saved: Plan) -> CollectSettings:
 
 def _limit_length(settings: CollectSettings, model: dict[str, Any]) -> CollectSettings:
     """Lower `max_length` to the number of positions that the model was made for, and say so."""
-    config = AutoConfig.from_pretrained(find_source(settings.model).folder, trust_remote_code=False)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is None or settings.max_length <= limit:
+    limit = getattr(_text_config(settings), "max_position_embeddings", None)
+    if limit is None or settings.max_length + settings.generate <= limit:
         return settings
-    log(f"{model['name']} reads at most {limit} tokens: --max_length {settings.max_length} is lowered to that")
-    return replace(settings, max_length=limit)
+    if settings.generate + settings.min_tokens > limit:
+        raise ConfigurationError(
+            f"--generate {settings.generate}: {model['name']} reads at most {limit} tokens, which leaves no room for a "
+            f"prompt of --min_tokens {settings.min_tokens}; lower it"
+        )
+    rest = limit - settings.generate
+    log(
+        f"{model['name']} reads at most {limit} tokens: --max_length {settings.max_length} is lowered to "
+        + (f"{rest}, before --generate {settings.generate}" if settings.generate else "that")
+    )
+    return replace(settings, max_length=rest)
+
+
+def _text_config(settings: CollectSettings) -> Any:
+    config = AutoConfig.from_pretrained(find_source(settings.model).folder, trust_remote_code=False)
+    return config.get_text_config()
 
 
 def _identity(
@@ -140,6 +164,10 @@ def _identity(
         "shard_size_mb": settings.shard_size_mb,
         "store": list(settings.columns),
         "lookahead": settings.horizons,
+        "lookahead_norm": settings.lookahead_norm if settings.horizons else None,
+        "sample_hidden": settings.sample_hidden or None,
+        "generate": settings.generate or None,
+        "temperature": settings.temperature if settings.generate else None,
         "seed": settings.seed,
         "torch": versions.get("torch"),
         "transformers": versions.get("transformers"),
@@ -168,4 +196,7 @@ def _foretell(settings: CollectSettings, model: dict[str, Any]) -> TraceSpec:
         plan_fingerprint="",
         store=settings.columns,
         horizons=settings.horizons,
+        lookahead_norm=settings.lookahead_norm if settings.horizons else None,
+        hidden_size=_text_config(settings).hidden_size if settings.sample_hidden else 0,
+        hidden_fraction=float(settings.sample_hidden),
     )

@@ -10,13 +10,14 @@ import hashlib
 import heapq
 from collections import Counter
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from collection.datasets import Row, Source
 from collection.settings import CollectSettings
+from collection.sources import Row, Source
 from groundwork.progress import progress
 
 CANDIDATES_PER_SEQUENCE = 4  # rows kept at first for each sequence wanted
@@ -56,13 +57,25 @@ class Draw:
 
 
 def draw(sources: list[Source], tokenizer: Any, settings: CollectSettings) -> list[Draw]:
-    """Draw every source's share of `target_traces`; shares differ by at most one, the first sources have the larger."""
+    """Draw from every source its share of `target_traces`."""
     taken: set[bytes] = set()
-    share, larger = divmod(settings.target_traces, len(sources))
+    wanted = shares(settings.target_traces, [source.weight for source in sources])
     return [
-        _draw_source(source, share + (index < larger), tokenizer, settings, taken)
-        for index, source in enumerate(sources)
+        _draw_source(source, count, tokenizer, settings, taken) for source, count in zip(sources, wanted, strict=True)
     ]
+
+
+def shares(total: int, weights: list[Fraction]) -> list[int]:
+    """Split `total` in proportion to positive weights: by largest remainder, of equal ones the first.
+
+    Each share is less than 1 away from the exact one, and equal weights have shares that differ by at most 1.
+    """
+    exact = [total * weight / sum(weights) for weight in weights]
+    result = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda index: result[index] - exact[index])
+    for index in by_remainder[: total - sum(result)]:
+        result[index] += 1
+    return result
 
 
 def first_rows(source: Source, seed: int, count: int) -> tuple[list[Row], int]:

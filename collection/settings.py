@@ -3,9 +3,10 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from groundwork.errors import ConfigurationError
-from traces.schema import OPTIONAL_COLUMNS
+from traces.schema import HIDDEN, LOOKAHEAD_NORMS, OPTIONAL_COLUMNS
 
 EXECUTIONS = ("resident",)
 
@@ -14,9 +15,12 @@ EXECUTIONS = ("resident",)
 class CollectSettings:
     """Options of one run; raises ConfigurationError for values that can not be meant.
 
-    `batch_size` counts sequences and, where given, replaces `batch_tokens`, which counts tokens with padding.
-    `shard_size_mb` is in 10**6 bytes. `store` names the columns beside the expert ids; a `lookahead` of H layers stores
-    the lookahead column, and that column alone stands for H = 1.
+    `batch_size` counts sequences and, where given, replaces `batch_tokens`, which counts tokens with padding; "auto"
+    finds the latter by probing, and without either it is the preset for the device's memory. `generate` tokens are
+    decoded after each text, sampled at `temperature`, or the likeliest where that is 0. `shard_size_mb` is in 10**6
+    bytes. `store` names the columns beside the expert ids; a `lookahead` of H layers stores the lookahead column, and
+    that column alone stands for H = 1; `lookahead_norm` is what ResidentTracer says of it. `sample_hidden` is the share
+    of tokens that carry what the routers read.
     """
 
     model: str = "models/mini-mixtral"
@@ -27,8 +31,10 @@ class CollectSettings:
     target_traces: int = 1500
     max_length: int = 512
     min_tokens: int = 8
-    batch_size: int | None = None
-    batch_tokens: int = 8192
+    batch_size: int | Literal["auto"] | None = None
+    batch_tokens: int | None = None
+    generate: int = 0
+    temperature: float = 0.8
     device: str = "auto"
     dtype: str = "auto"
     shard_size_mb: float = 256.0
@@ -36,6 +42,8 @@ class CollectSettings:
     output_suffix: str | None = None
     store: tuple[str, ...] = ("weights",)
     lookahead: int = 0
+    lookahead_norm: str = "next"
+    sample_hidden: float = 0.0
     seed: int = 0
     resume: bool = False
     attn_implementation: str | None = None
@@ -44,13 +52,22 @@ class CollectSettings:
     def __post_init__(self) -> None:
         for name in ("target_traces", "max_length", "min_tokens", "batch_size", "batch_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value not in (None, "auto") and value < 1:
                 raise ConfigurationError(f"--{name} {value}: must be at least 1; give a larger number")
+        if self.batch_size == "auto" and self.batch_tokens is not None:
+            raise ConfigurationError(
+                f"--batch_tokens {self.batch_tokens}: --batch_size auto finds the number of tokens itself; give one of "
+                "the two"
+            )
         if not (math.isfinite(self.shard_size_mb) and self.shard_size_mb > 0):
             raise ConfigurationError(
                 f"--shard_size_mb {self.shard_size_mb:g}: must be above 0; give the megabytes of a shard, such as 256"
             )
-        for name in ("lookahead", "seed"):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigurationError(
+                f"--temperature {self.temperature:g}: must not be negative; 0 takes the likeliest token"
+            )
+        for name in ("lookahead", "generate", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigurationError(f"--{name} {getattr(self, name)}: must not be negative; give 0 or more")
         if self.min_tokens > self.max_length:
@@ -62,6 +79,14 @@ class CollectSettings:
         if unknown:
             raise ConfigurationError(
                 f"--store {unknown[0]}: unknown column; choose among {', '.join(OPTIONAL_COLUMNS)}"
+            )
+        if not 0 <= self.sample_hidden <= 1:
+            raise ConfigurationError(
+                f"--sample_hidden {self.sample_hidden:g}: must be a share of the tokens, 0 to 1; give such as 0.01"
+            )
+        if self.lookahead_norm not in LOOKAHEAD_NORMS:
+            raise ConfigurationError(
+                f"--lookahead_norm {self.lookahead_norm}: unknown; use {', '.join(LOOKAHEAD_NORMS)}"
             )
         if self.execution not in EXECUTIONS:
             raise ConfigurationError(f"--execution {self.execution}: unknown; use {', '.join(EXECUTIONS)}")
@@ -80,7 +105,7 @@ class CollectSettings:
     def columns(self) -> tuple[str, ...]:
         """Return the optional columns to store, in the format's order."""
         wanted = {*self.store, *(["lookahead"] if self.lookahead else [])}
-        return tuple(name for name in OPTIONAL_COLUMNS if name in wanted)
+        return tuple(name for name in OPTIONAL_COLUMNS if name in wanted) + ((HIDDEN,) if self.sample_hidden else ())
 
     @property
     def horizons(self) -> int:

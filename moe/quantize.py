@@ -6,65 +6,38 @@ device and before any weight is read, by one set of `nn.Linear` per expert under
 converters that would merge the experts are dropped; then the stock quantisers do the rest. Routers stay as they are.
 """
 
+import ctypes
 import logging
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
-from transformers.integrations.moe import _default_apply_gate
 from transformers.quantizers import auto
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
-from groundwork.errors import ConfigurationError, ExpertSpeculationError
+from groundwork.errors import ExpertSpeculationError
+from moe.quantizable import kept_modules
 from moe.routers import find_routers
+from moe.split_experts import PerExpertLinears, expert_projections, merging_converters
 
 _config_of: Any = BitsAndBytesConfig  # not annotated by transformers
 
 MODES = ("none", "int8", "nf4", "nf4-double", "auto")
 # int8 adds one float32 scale to each row of a weight, which weighs most in the narrow rows of small models.
-_MAX_BYTES_PER_PARAMETER = {"int8": 1.25, "nf4": 1.0, "nf4-double": 1.0}
-
-
-class PerExpertLinears(nn.Module):
-    """The experts of one layer as children `0` ... `E-1`, gated feed-forward modules, called as fused experts are."""
-
-    def __init__(self, fused: Any, names: tuple[str, str, str]) -> None:
-        super().__init__()
-        num_experts, double_width, hidden = fused.gate_up_proj.shape
-        gate, up, down = names
-        self.act_fn = fused.act_fn
-        self.names = names
-        for index in range(num_experts):
-            expert = nn.Module()
-            expert.add_module(gate, nn.Linear(hidden, double_width // 2, bias=False))
-            expert.add_module(up, nn.Linear(hidden, double_width // 2, bias=False))
-            expert.add_module(down, nn.Linear(double_width // 2, hidden, bias=False))
-            self.add_module(str(index), expert)
-
-    def forward(self, hidden_ND: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum of the routed experts' outputs, [N, D]."""
-        total_ND = torch.zeros_like(hidden_ND)
-        for index in torch.unique(ids_NK).tolist():
-            token, rank = torch.where(ids_NK == index)
-            gate, up, down = [self.get_submodule(f"{index}.{name}") for name in self.names]
-            rows = hidden_ND[token]
-            output = down(self.act_fn(gate(rows)) * up(rows)) * weights_NK[token, rank, None]
-            total_ND.index_add_(0, token, output.to(total_ND.dtype))
-        return total_ND
+_MAX_BYTES_INT8, _MAX_BYTES_4_BIT = 1.25, 1.0
+_TENSORS_BETWEEN_TRIMS = 16
 
 
 @contextmanager
-def quantized_loading(mode: str) -> Iterator[dict[str, Any]]:
+def quantized_loading(mode: str, *, stored: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the options with which `from_pretrained`, inside this context, loads a model quantised as `mode` says.
 
-    Raises ConfigurationError for a family whose experts can not be split into linear modules.
+    `stored`: the checkpoint is quantised already, and its own configuration says how. `check_quantizable` comes first.
     """
     if mode == "none":
         yield {}
@@ -74,14 +47,38 @@ def quantized_loading(mode: str) -> Iterator[dict[str, Any]]:
     stock = {name: auto.AUTO_QUANTIZER_MAPPING[name] for name in ("bitsandbytes_4bit", "bitsandbytes_8bit")}
     auto.AUTO_QUANTIZER_MAPPING.update(bitsandbytes_4bit=_ExpertQuantizer4Bit, bitsandbytes_8bit=_ExpertQuantizer8Bit)
     try:
-        if mode == "int8":
-            settings: dict[str, Any] = {"load_in_8bit": True}
+        if stored:
+            settings: dict[str, Any] = {}
+        elif mode == "int8":
+            settings = {"load_in_8bit": True}
         else:
             double = mode == "nf4-double"
             settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
-        yield {"quantization_config": _config_of(**settings)}
+        yield {"quantization_config": _config_of(**settings)} if settings else {}
     finally:
         auto.AUTO_QUANTIZER_MAPPING.update(stock)
+
+
+def stored_mode(config: Any) -> str | None:
+    """Return how the checkpoint of `config` is quantised; None where it is not.
+
+    By bitsandbytes: int8, nf4, nf4-double (or fp4, fp4-double, which no option asks for); else the method's name.
+    """
+    stored: Any = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    settings = stored if isinstance(stored, dict) else stored.to_dict()
+    if settings.get("load_in_8bit"):
+        return "int8"
+    if settings.get("load_in_4bit"):
+        double = "-double" if settings.get("bnb_4bit_use_double_quant") else ""
+        return str(settings.get("bnb_4bit_quant_type", "fp4")) + double
+    return str(settings.get("quant_method", "unknown"))
+
+
+def is_ours(mode: str) -> bool:
+    """Say whether checkpoints stored in this mode are read here, and not by transformers' own quantisers."""
+    return mode == "int8" or mode.startswith(("nf4", "fp4"))
 
 
 def expert_bytes_per_parameter(model: nn.Module) -> float:
@@ -98,12 +95,18 @@ def expert_bytes_per_parameter(model: nn.Module) -> float:
 
 def check_quantized(model: PreTrainedModel, mode: str) -> None:
     """Raise ExpertSpeculationError unless the experts of `model` are as small as `mode` promises and routers intact."""
-    found, limit = expert_bytes_per_parameter(model), _MAX_BYTES_PER_PARAMETER[mode]
+    found, limit = expert_bytes_per_parameter(model), _MAX_BYTES_INT8 if mode == "int8" else _MAX_BYTES_4_BIT
     if found >= limit:
         raise ExpertSpeculationError(
             f"--quantization {mode}: experts take {found:.2f} bytes per parameter where less than {limit} was wanted; "
-            "the installed bitsandbytes did not quantise them"
+            "quantise the original checkpoint anew, with the pinned bitsandbytes"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, _quantized_linears()) and not any(True for _ in _statistics(module)):
+            raise ExpertSpeculationError(
+                f"--quantization {mode}: {name!r} is in full precision where the configuration says that it is "
+                "quantised; quantise the original checkpoint anew"
+            )
     for site in find_routers(model).sites:
         if not all(parameter.is_floating_point() for parameter in site.module.parameters()):
             raise ExpertSpeculationError(f"--quantization {mode}: router {site.name!r} was quantised too")
@@ -127,26 +130,51 @@ class _SplitExperts:
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         layout = find_routers(model)
-        gate_up, down = _expert_converters(get_model_conversion_mapping(model))
-        names = (*_linear_names(gate_up), *_linear_names(down))
+        names = expert_projections(model, layout)
+        assert names is not None, "check_quantizable was not asked"
+        # Stored names are those of transformers 4, with a head around the base model.
+        stored = [
+            re.sub(r"^model\.", "", name).replace("block_sparse_moe", "mlp")
+            for name in self.quantization_config.llm_int8_skip_modules or []
+        ]
+        self.quantization_config.llm_int8_skip_modules = sorted({*stored, *kept_modules(model, layout)})
         for site in layout.sites:
-            if len(names) != 3 or not _is_plain(site.experts):
-                raise ConfigurationError(
-                    f"--quantization: the experts of {type(model).__name__} can not be split into linear modules; "
-                    "use --quantization none"
-                )
             with torch.device("meta"):
                 site.block.experts = PerExpertLinears(site.experts, names)
-        routers = [site.name for site in layout.sites]
-        gates = [name for name, module in model.named_modules() if getattr(module, "out_features", None) == 1]
-        self.quantization_config.llm_int8_skip_modules = [*get_keys_to_not_convert(model), *routers, *gates]
+            block: Any = site.block
+            block._is_hf_initialized = True  # some families would initialise the fused experts from their block
         return super()._process_model_before_weight_loading(model, *args, **kwargs)  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Drop the converters that merge the experts' weights into the parameters that are no longer there."""
-        merging = _expert_converters(weight_conversions)
+        merging = merging_converters(weight_conversions)
         kept = [each for each in weight_conversions if each not in merging]
         return super().update_weight_conversions(kept, model)  # type: ignore[misc, no-any-return]
+
+    def get_quantize_ops(self) -> Any:
+        """Quantise, and give the memory of the full-precision tensors back as loading goes on."""
+        stock: Any = type(super().get_quantize_ops())  # type: ignore[misc]
+
+        def convert(operation: Any, *args: Any, **kwargs: Any) -> Any:
+            self._converted = getattr(self, "_converted", 0) + 1
+            if self._converted % _TENSORS_BETWEEN_TRIMS == 0:
+                _trim_heap()
+            return stock.convert(operation, *args, **kwargs)
+
+        return type(stock.__name__, (stock,), {"convert": convert})(self)
+
+    def get_load_operations(self) -> dict[str, type]:
+        """Read what is stored quantised; transformers 4 quantised routers too, which ours keep in full precision."""
+        stock: Any = super().get_load_operations()["deserialize"]  # type: ignore[misc]
+
+        def convert(operation: Any, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> Any:
+            module = model.get_submodule(str(kwargs["full_layer_name"]).rpartition(".")[0])
+            if len(input_dict) == 1 or isinstance(module, _quantized_linears()):
+                return stock.convert(operation, input_dict, model=model, **kwargs)
+            tensors = {name: each[0] if isinstance(each, list) else each for name, each in input_dict.items()}
+            return {"weight": _dequantize(tensors).to(module.weight.dtype)}
+
+        return {"deserialize": type(stock.__name__, (stock,), {"convert": convert})}
 
 
 class _ExpertQuantizer4Bit(_SplitExperts, Bnb4BitHfQuantizer):
@@ -157,30 +185,27 @@ class _ExpertQuantizer8Bit(_SplitExperts, Bnb8BitHfQuantizer):
     pass
 
 
-def _expert_converters(conversions: list[Any]) -> tuple[Any, Any]:
-    """Return the converters that fill `experts.gate_up_proj` and `experts.down_proj`; None where there is none."""
+def _dequantize(stored: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the matrix that a checkpoint stores as `weight` with its statistics."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    def filling(target: str) -> Any:
-        fitting = [
-            each
-            for each in conversions
-            if isinstance(each, WeightConverter) and each._original_target_patterns[0].endswith(target)
-        ]
-        return fitting[0] if fitting else None
-
-    return filling("experts.gate_up_proj"), filling("experts.down_proj")
-
-
-def _linear_names(converter: Any) -> list[str]:
-    """`.experts.*.w1.weight` -> `w1`."""
-    return [pattern.split(".")[-2] for pattern in converter._original_source_patterns] if converter else []
+    weight = stored.pop("weight")
+    if "SCB" in stored:  # row scales: the largest magnitude in a row is 127
+        return weight.float() * (stored["SCB"].float() / 127)[:, None]
+    state = QuantState.from_dict(stored, device=weight.device)
+    shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))  # one row, that no block can cross
+    matrix: torch.Tensor = dequantize_4bit(weight, state)
+    return matrix.reshape(shape)
 
 
-def _is_plain(experts: nn.Module) -> bool:
-    """Whether the experts compute down(act(gate(x)) * up(x)) without biases."""
-    return (
-        getattr(type(experts), "_apply_gate", None) is _default_apply_gate
-        and bool(getattr(experts, "has_gate", False))
-        and bool(getattr(experts, "is_concatenated", False))
-        and not any(getattr(experts, flag, False) for flag in ("has_bias", "is_transposed", "has_post_expert_norm"))
-    )
+def _trim_heap() -> None:
+    """Give free pages back to the system: glibc keeps those between small live blocks, up to twice the checkpoint."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _quantized_linears() -> tuple[type[nn.Module], ...]:
+    import bitsandbytes  # on import it speaks, unless `quantized_loading` told it not to
+
+    layers: Any = bitsandbytes.nn
+    return layers.Linear4bit, layers.Linear8bitLt

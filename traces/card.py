@@ -19,7 +19,7 @@ from traces.faults import REPAIR, Fault, unread
 from traces.manifest import ManifestLine, read_manifest
 from traces.plain_files import read_plain
 from traces.plan import Plan
-from traces.schema import TraceSpec
+from traces.schema import HIDDEN, ROUTER_INPUT, TraceSpec
 
 CARD_NAME = "README.md"
 CARD_LIMIT = 16 * 2**20  # bytes
@@ -30,8 +30,13 @@ _COLUMNS = {
     "expert_ids": "ids of the routed experts, layer-major [L*K]",
     "routing_weights": "what their outputs are multiplied by, float16, layer-major [L*K]",
     "router_logits": "all scores before selection, float16, layer-major [L*E]",
-    "lookahead_logits": "layer l+h's router on layer l's input, float16, [H*L*E], indexed by target layer",
+    "lookahead_logits": "layer l's router asked h layers early, float16, [H*L*E], indexed by target layer",
 }
+
+_HIDDEN = (
+    "what the routers read, bytes of little-endian float16, layer-major [L*D] with D = {spec.hidden_size}; null but in "
+    "{spec.hidden_fraction:g} of the tokens"
+)
 
 
 def write_card(run_dir: Path) -> None:
@@ -108,6 +113,7 @@ def render_card(plan: Plan, manifest: list[ManifestLine]) -> str:
         ("position, phase", "token within its sequence; 0 prefill, 1 decode"),
         ("token_id, token", "-1 and empty where unknown"),
         *((name, f"{_COLUMNS[name]}: {width} a token") for name, width in spec.widths.items()),
+        *([(ROUTER_INPUT, _HIDDEN.format(spec=spec))] if HIDDEN in spec.store else []),
     ]
     return "\n".join(
         [

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from traces.pages import DICTIONARY_PAGE, walk_pages
+from traces.pages import DATA_PAGE, DICTIONARY_PAGE, PLAIN, walk_pages
 from traces.thrift import read_struct
 
 # parquet.thrift: bytes of a value by type; codecs, encodings and fields of a column chunk that ours may have
@@ -114,6 +114,13 @@ def check_pages(chunk: memoryview, column: pq.ColumnChunkMetaData, limit: int) -
     if claimed > limit:
         raise ValueError(f"{column.path_in_schema} claims {claimed} bytes, wanted {limit} at most")
     return claimed
+
+
+def check_plain(chunk: memoryview) -> None:
+    """Raise ValueError where values of a chunk do not stand there one by one: a dictionary lets few bytes be many."""
+    for page in walk_pages(chunk):
+        if (page.kind, page.encoding) != (DATA_PAGE, PLAIN):
+            raise ValueError(f"a page of kind {page.kind}, encoding {page.encoding}, where only plain values belong")
 
 
 def check_strings(column: pa.ChunkedArray, limit: int) -> int:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from traces.thrift import read_struct
 
 THREADS = 4  # more do not help: the copies share the memory bus
-DATA_PAGE, DICTIONARY_PAGE, BYTE_STREAM_SPLIT = 0, 2, 9  # parquet.thrift: PageType, Encoding
+DATA_PAGE, DICTIONARY_PAGE = 0, 2  # parquet.thrift: PageType
+PLAIN, BYTE_STREAM_SPLIT = 0, 9  # Encoding
 _CODEC, _ZSTD_MAGIC = pa.Codec("zstd"), b"\x28\xb5\x2f\xfd"
 
 

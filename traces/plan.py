@@ -218,7 +218,8 @@ def estimated_bytes_per_token(spec: TraceSpec) -> float:
 
     Fitted to the measurements in docs/TRACE_FORMAT.md: 24 bytes for 64 ids of 8 experts, 84 of 128 for their weights.
     """
-    floats = sum(width for name, width in spec.widths.items() if name != "expert_ids")
+    floats: float = sum(width for name, width in spec.widths.items() if name != "expert_ids")
+    floats += spec.hidden_fraction * spec.num_layers * spec.hidden_size * 1.4  # hidden states shrink less
     return spec.widths["expert_ids"] * max(math.log2(spec.num_experts), 1) / 8 + floats * 2 * 0.66 + 8
 
 

@@ -21,14 +21,20 @@ from groundwork.progress import log
 from traces.index import SequenceIndex, SequenceInfo
 from traces.manifest import MANIFEST_NAME, read_manifest
 from traces.plan import PLAN_NAME, planned_shards
-from traces.schema import SequenceTrace, arrow_schema
+from traces.schema import HIDDEN, ROUTER_INPUT, SequenceTrace, arrow_schema
 from traces.shards import Shard, find_shards, open_shard, strings
 from traces.splits import ELEMENTARY_SPLITS, splits_named
 
 __all__ = ["COLUMNS", "SequenceInfo", "SequenceStream", "TraceDataset"]
 
 WINDOW_ROW_GROUPS = 4  # decoded at once while shuffling: at most 256 MiB
-COLUMNS = {"weights": "routing_weights", "logits": "router_logits", "lookahead": "lookahead_logits", "tokens": "token"}
+COLUMNS = {
+    "weights": "routing_weights",
+    "logits": "router_logits",
+    "lookahead": "lookahead_logits",
+    "tokens": "token",
+    HIDDEN: ROUTER_INPUT,
+}
 
 
 class TraceDataset:
@@ -89,10 +95,11 @@ class TraceDataset:
     ) -> "SequenceStream":
         """Stream the sequences of a split, expert ids and token ids always, beside them the `columns` asked for.
 
-        `columns`: any of `weights`, `logits`, `lookahead`, `tokens` (strings); what the run does not have stays None.
-        `layers` chooses MoE layers by index, in that order. `hold_out` leaves data sets out, `only` keeps just these.
-        With `shuffle_seed` the order is a permutation fixed by the seed and the folder; `start` skips that many
-        sequences at no cost; `worker` (i, n) is the i-th of n disjoint parts that together are everything.
+        `columns`: any of `weights`, `logits`, `lookahead`, `tokens` (strings), `hidden` (router inputs); what the run
+        does not have stays None. `layers` chooses MoE layers by index, in that order. `hold_out` leaves data sets out,
+        `only` keeps just these. With `shuffle_seed` the order is a permutation fixed by the seed and the folder;
+        `start` skips that many sequences at no cost; `worker` (i, n) is the i-th of n disjoint parts that together are
+        everything.
         Raises ConfigurationError on unknown split or data set names, ValueError on unknown columns or layers.
         """
         if layers is not None and not all(0 <= layer < self.spec.num_layers for layer in layers):
@@ -241,9 +248,13 @@ class _RowGroup:
         self._lists = shard.lists(row_group, ["expert_ids", *(name for name in names if name in shard.spec.shapes)])
         self._layers = slice(None) if layers is None else layers
         narrow = ["token_id", "phase", "sequence_key", *(["token"] if "token" in names else [])]
+        sampled = HIDDEN in columns and HIDDEN in shard.spec.store
+        narrow += [ROUTER_INPUT] if sampled else []
         table = shard.table(row_group, narrow)
         self._token_ids, self._phase = table["token_id"].to_numpy(), table["phase"].to_numpy()
         self._keys = table["sequence_key"]
+        self._hidden = table[ROUTER_INPUT].combine_chunks() if sampled else None
+        self._hidden_shape = (-1, shard.spec.num_layers, shard.spec.hidden_size)
         self._tokens = strings(table["token"]) if "token" in narrow else []
 
     def sequence(self, info: SequenceInfo) -> SequenceTrace:
@@ -261,7 +272,19 @@ class _RowGroup:
             routing_weights_TLK=lists.get("routing_weights"),
             router_logits_TLE=lists.get("router_logits"),
             lookahead_logits_THLE=lists.get("lookahead_logits"),
+            **self._sampled(info),
         )
+
+    def _sampled(self, info: SequenceInfo) -> dict[str, Any]:
+        """Return a sequence's router inputs and the positions of their tokens; nothing where they were not read."""
+        if self._hidden is None:
+            return {}
+        own = self._hidden.slice(info.row_offset, info.num_tokens)
+        values = np.frombuffer(b"".join(own.drop_null().to_pylist()), "<f2").reshape(self._hidden_shape)
+        return {
+            "hidden_positions_N": np.flatnonzero(own.is_valid().to_numpy(zero_copy_only=False)),
+            "router_input_NLD": values[:, self._layers].copy(),
+        }
 
     def _chosen(self, name: str, values: NDArray[Any]) -> NDArray[Any]:
         chosen = values[:, :, self._layers] if name == "lookahead_logits" else values[:, self._layers]

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
 OPTIONAL_COLUMNS = ("weights", "logits", "lookahead")
+ROUTER_INPUT = "router_input"
+HIDDEN = "hidden"  # the store's name of `router_input`, which a fraction of the tokens has
 LOOKAHEAD_NORMS = ("next", "own")
 PHASES = {"prefill": 0, "decode": 1}
 SPEC_KEY = b"routing_trace"  # footer: the spec as JSON, equal in every shard of a run
@@ -46,9 +48,11 @@ class TraceSpec:
     tokenizer_hash: str | None
     seed: int
     plan_fingerprint: str
-    store: tuple[str, ...]  # which optional columns exist, of OPTIONAL_COLUMNS
+    store: tuple[str, ...]  # which optional columns exist, of OPTIONAL_COLUMNS and HIDDEN
     horizons: int = 0  # H of lookahead_logits
     lookahead_norm: str | None = None  # one of LOOKAHEAD_NORMS; None where there are none, or it is unknown
+    hidden_size: int = 0  # D of router_input
+    hidden_fraction: float = 0.0  # of the tokens that have it
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_experts", "top_k"):
@@ -62,7 +66,7 @@ class TraceSpec:
             raise ValueError(f"moe_layers {self.moe_layers} do not rise from 0")
         if self.expert_order not in ("weight", "unknown"):
             raise ValueError(f"expert_order is {self.expert_order!r}, not 'weight' or 'unknown'")
-        if set(self.store) - set(OPTIONAL_COLUMNS) or len(set(self.store)) != len(self.store):
+        if set(self.store) - {*OPTIONAL_COLUMNS, HIDDEN} or len(set(self.store)) != len(self.store):
             raise ValueError(f"store {self.store} is not a choice of {', '.join(OPTIONAL_COLUMNS)}")
         if (self.horizons > 0) != ("lookahead" in self.store) or not 0 <= self.horizons <= self.num_layers:
             raise ValueError(
@@ -70,6 +74,11 @@ class TraceSpec:
             )
         if self.lookahead_norm is not None and (self.lookahead_norm not in LOOKAHEAD_NORMS or not self.horizons):
             raise ValueError(f"lookahead_norm {self.lookahead_norm!r} does not fit horizons {self.horizons}")
+        sampled = 1 <= self.hidden_size <= 2**20 and 0 < self.hidden_fraction <= 1
+        if sampled != (HIDDEN in self.store) or (not sampled and (self.hidden_size or self.hidden_fraction)):
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, hidden_fraction {self.hidden_fraction} do not fit store {self.store}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the spec and the format version as JSON-ready values."""
@@ -142,6 +151,8 @@ def _check_types(values: Mapping[str, Any]) -> None:
         and all(isinstance(values[name], str) for name in texts)
         and all(isinstance(values[name], str | None) for name in maybe)
         and isinstance(values["weights_normalized"], bool | None)
+        and type(values.get("hidden_size", 0)) is int
+        and isinstance(values.get("hidden_fraction", 0.0), float)
         and isinstance(versions, dict)
         and all(isinstance(version, str) for version in versions.values())
     ):
@@ -149,7 +160,10 @@ def _check_types(values: Mapping[str, Any]) -> None:
 
 
 def arrow_schema(spec: TraceSpec) -> pa.Schema:
-    """Return the columns of a shard, all non-null, lists layer-major and of fixed size, with the spec as metadata."""
+    """Return the columns of a shard, lists layer-major and of fixed size, with the spec as metadata.
+
+    All but `router_input` are non-null; that is the bytes of float16[L*D], or null in the tokens that do not have it.
+    """
     fields = [
         ("dataset", pa.dictionary(pa.int32(), pa.string())),
         ("sequence_id", pa.uint32()),
@@ -162,12 +176,19 @@ def arrow_schema(spec: TraceSpec) -> pa.Schema:
     for name, width in spec.widths.items():
         value = pa.from_numpy_dtype(spec.id_dtype) if name == "expert_ids" else pa.float16()
         fields.append((name, pa.list_(pa.field("element", value, nullable=False), width)))
-    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields], metadata=spec.to_footer())
+    columns = [pa.field(name, kind, nullable=False) for name, kind in fields]
+    columns += [pa.field(ROUTER_INPUT, pa.binary())] if HIDDEN in spec.store else []
+    return pa.schema(columns, metadata=spec.to_footer())
 
 
 def decoded_bytes_per_token(spec: TraceSpec) -> int:
-    """Return the bytes one token takes in memory, all columns read: exact for numbers, an allowance for strings."""
+    """Return the bytes one token takes in memory, all columns read: exact for numbers, an allowance for strings.
+
+    Of `router_input` it is the share of a token, rounded up.
+    """
     numbers = sum(width * spec.dtypes[name].itemsize for name, width in spec.widths.items())
+    if HIDDEN in spec.store:
+        numbers += 5 + math.ceil(spec.hidden_fraction * spec.num_layers * spec.hidden_size * 2)
     return numbers + 4 + 4 + 1 + 4 + STRING_BYTES
 
 
@@ -189,6 +210,8 @@ class SequenceTrace:
     routing_weights_TLK: NDArray[np.float16] | None = None
     router_logits_TLE: NDArray[np.float16] | None = None
     lookahead_logits_THLE: NDArray[np.float16] | None = None
+    hidden_positions_N: NDArray[np.int64] | None = None  # the N tokens, in order, of which there is the router input
+    router_input_NLD: NDArray[np.float16] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -222,13 +245,29 @@ class SequenceTrace:
             )
         if self.phase_T.max() > max(PHASES.values()):
             raise ValueError(f"phase {self.phase_T.max()}, wanted one of {PHASES}")
+        self._check_hidden(spec)
         problem = routing_fault(spec, self.expert_ids_TLK, self.routing_weights_TLK)
         if problem:
             raise ValueError(problem)
-        for name in ("router_logits_TLE", "lookahead_logits_THLE"):
+        for name in ("router_logits_TLE", "lookahead_logits_THLE", "router_input_NLD"):
             array = getattr(self, name)
             if array is not None and not np.isfinite(array).all():
                 raise ValueError(f"{name}: {np.count_nonzero(~np.isfinite(array))} values are not finite")
+
+    def _check_hidden(self, spec: TraceSpec) -> None:
+        """Raise ValueError unless the router inputs are those of some of the tokens, in order."""
+        places, values = self.hidden_positions_N, self.router_input_NLD
+        if HIDDEN not in spec.store:
+            if values is not None:
+                raise ValueError(f"router_input_NLD is given, but store is {spec.store}")
+            return
+        if places is None or values is None:
+            raise ValueError(f"router_input_NLD is missing, but store is {spec.store}")
+        shape = (len(places), spec.num_layers, spec.hidden_size)
+        if values.shape != shape or values.dtype != np.float16:
+            raise ValueError(f"router_input_NLD is {values.dtype} {values.shape}, wanted float16 {shape}")
+        if np.any(np.diff(places, prepend=-1, append=self.num_tokens) < 1):
+            raise ValueError(f"hidden_positions_N {places.tolist()} do not rise from 0 below {self.num_tokens}")
 
 
 def routing_fault(spec: TraceSpec, ids_TLK: NDArray[Any], weights_TLK: NDArray[np.float16] | None) -> str | None:

@@ -20,7 +20,7 @@ from traces.index import check_shard
 from traces.manifest import ManifestLine
 from traces.plain_files import open_plain
 from traces.plan import Plan
-from traces.schema import PHASES, arrow_schema, routing_fault
+from traces.schema import PHASES, ROUTER_INPUT, arrow_schema, routing_fault
 from traces.shards import DOUBTS, Shard, parse_shard, strings
 
 
@@ -64,6 +64,8 @@ def _fault(path: Path, line: ManifestLine | None, plan: Plan | None) -> Fault | 
             or _statistics_fault(shard, group, table)
             or _value_fault(shard, group, table)
         )
+        if ROUTER_INPUT in table.column_names:
+            problem = problem or _hidden_fault(shard, table[ROUTER_INPUT].combine_chunks())
         problem = problem and f"row group {group}: {problem}"
     return Fault(path, problem, COLLECT_AGAIN) if problem else None
 
@@ -113,6 +115,18 @@ def _statistics_fault(shard: Shard, group: int, table: pa.Table) -> str | None:
             statistics.max,
         ):
             return f"{name} is not within its statistics in the footer"
+    return None
+
+
+def _hidden_fault(shard: Shard, column: pa.BinaryArray) -> str | None:
+    """Check that the router inputs of a row group are as many as were to be sampled, and numbers of all layers."""
+    spec, values = shard.spec, column.drop_null()
+    if abs(len(values) - spec.hidden_fraction * len(column)) >= 2:  # less than 1, but for rounding
+        return f"{len(values)} of {len(column)} tokens have a router_input, wanted {spec.hidden_fraction:g} of them"
+    if not pc.all(pc.equal(pc.binary_length(values), 2 * spec.num_layers * spec.hidden_size), min_count=0).as_py():
+        return f"a router_input that is not of {spec.num_layers} layers and {spec.hidden_size} numbers"
+    if not np.isfinite(np.frombuffer(b"".join(values.to_pylist()), "<f2")).all():
+        return "router_input holds values that are not finite"
     return None
 
 

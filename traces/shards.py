@@ -22,13 +22,20 @@ from numpy.typing import NDArray
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from traces.checksums import footer_digest, parse_metadata, read_chunk, read_footer_bytes
 from traces.chunk_file import ChunkFile
-from traces.claims import check_chunks, check_pages, check_strings, chunk_range
+from traces.claims import check_chunks, check_pages, check_plain, check_strings, chunk_range
 from traces.faults import Fault, FaultError, first_line
 from traces.manifest import ManifestLine, range_of
 from traces.pages import decode_lists, is_split
 from traces.plain_files import open_plain
 from traces.plan import PlannedShard
-from traces.schema import ROW_GROUP_BYTES, SHARD_KEY, TraceSpec, arrow_schema, decoded_bytes_per_token
+from traces.schema import (
+    ROUTER_INPUT,
+    ROW_GROUP_BYTES,
+    SHARD_KEY,
+    TraceSpec,
+    arrow_schema,
+    decoded_bytes_per_token,
+)
 
 _STRINGS = ["dataset", "sequence_key", "token"]
 _COLUMN_LIMIT = 4 * ROW_GROUP_BYTES  # of pages, and of strings written out: 4 kB a token and more
@@ -107,6 +114,8 @@ class Shard:
         columns = {name: self.metadata.row_group(row_group).column(self._numbers[name]) for name in chunks}
         for name, chunk in chunks.items():
             check_pages(chunk, columns[name], _COLUMN_LIMIT)
+            if name == ROUTER_INPUT:
+                check_plain(chunk)
         source = ChunkFile([(chunk_range(columns[name])[0], chunk) for name, chunk in chunks.items()])
         file = pq.ParquetFile(
             source, metadata=self.metadata, read_dictionary=_STRINGS, page_checksum_verification=True, pre_buffer=False
@@ -115,7 +124,7 @@ class Shard:
         for name in set(_STRINGS).intersection(chunks):
             check_strings(table[name], _COLUMN_LIMIT)
         rows = self.num_rows(row_group)
-        if table.num_rows != rows or any(column.null_count for column in table.columns):
+        if table.num_rows != rows or any(table[name].null_count for name in chunks if name != ROUTER_INPUT):
             raise pa.ArrowInvalid(f"{table.num_rows} rows, some of them null, where the footer says {rows} without")
         return table
 

@@ -26,7 +26,16 @@ from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from traces.checksums import checksums, file_sha256
 from traces.manifest import ManifestLine, append_line
 from traces.plan import PlannedShard
-from traces.schema import ROW_GROUP_BYTES, SHARD_KEY, SequenceTrace, TraceSpec, arrow_schema, decoded_bytes_per_token
+from traces.schema import (
+    HIDDEN,
+    ROUTER_INPUT,
+    ROW_GROUP_BYTES,
+    SHARD_KEY,
+    SequenceTrace,
+    TraceSpec,
+    arrow_schema,
+    decoded_bytes_per_token,
+)
 
 __all__ = ["ROW_GROUP_BYTES", "ShardWriter", "file_sha256", "lock_run"]
 
@@ -174,10 +183,25 @@ def to_table(sequences: Sequence[SequenceTrace], spec: TraceSpec, schema: pa.Sch
         "router_logits": [sequence.router_logits_TLE for sequence in sequences],
         "lookahead_logits": [sequence.lookahead_logits_THLE for sequence in sequences],
     }
+    if HIDDEN in spec.store:
+        columns[ROUTER_INPUT] = _sparse(sequences)
     for name in spec.widths:
         values: NDArray[Any] = np.concatenate([each.reshape(-1) for each in arrays[name] if each is not None])
         columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values), type=schema.field(name).type)
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+
+def _sparse(sequences: Sequence[SequenceTrace]) -> pa.Array:
+    """Return the router inputs of all tokens as bytes, null where there is none."""
+    values: list[bytes | None] = []
+    for sequence in sequences:
+        own: list[bytes | None] = [None] * sequence.num_tokens
+        assert sequence.hidden_positions_N is not None
+        assert sequence.router_input_NLD is not None
+        for place, value in zip(sequence.hidden_positions_N.tolist(), sequence.router_input_NLD, strict=True):
+            own[place] = value.astype("<f2").tobytes()
+        values += own
+    return pa.array(values, pa.binary())
 
 
 @contextlib.contextmanager
@@ -231,7 +255,7 @@ def _shard_footer(planned: PlannedShard) -> bytes:
 
 def _options(spec: TraceSpec) -> dict[str, Any]:
     """Return the Parquet settings measured best (benchmarks/trace_format.py): lists byte-stream-split, for `pages`."""
-    narrow = [name for name in arrow_schema(spec).names if name not in spec.widths]
+    narrow = [name for name in arrow_schema(spec).names if name not in (*spec.widths, ROUTER_INPUT)]
     lists = [f"{name}.list.element" for name in spec.widths]
     return {
         "compression": "zstd",

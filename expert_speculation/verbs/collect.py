@@ -1,6 +1,5 @@
 """`collect`: traces -> shards."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,15 @@ from expert_speculation.options import (
     seed_option,
     write_results,
 )
+
+
+class CountOrAuto(click.ParamType[Any]):
+    """A whole number, or `auto`."""
+
+    name = "integer or auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.INT.convert(value, param, ctx)
 
 
 @click.command()
@@ -34,16 +42,27 @@ from expert_speculation.options import (
 @click.option(
     "--datasets",
     default="installed",
-    help="Names, mixes (installed, default), files or NAME=PATH, separated by commas.",
+    help="Mixes (installed, default, reasoning, code, dialogue), names, NAME=PATH or paths, separated by commas; "
+    "each may end in :WEIGHT (docs/DATASETS.md).",
 )
 @click.option(
-    "--dataset_root", type=PATH, help="Read registered data sets from NAME.jsonl, .parquet, .csv or .txt there."
+    "--dataset_root",
+    type=PATH,
+    help="Read registered data sets from NAME.jsonl, .parquet, .csv or .txt there, or from copies of hub folders.",
 )
 @click.option("--target_traces", type=int, default=1500, help="Sequences to trace, balanced over the data sets.")
 @click.option("--max_length", type=int, default=512, help="Tokens at which a sequence is cut.")
 @click.option("--min_tokens", type=int, default=8, help="Shorter texts are skipped and counted.")
-@click.option("--batch_size", type=int, help="Sequences per batch; as many as --batch_tokens allow when not given.")
-@click.option("--batch_tokens", type=int, default=8192, help="Padded tokens per batch.")
+@click.option("--generate", type=int, default=0, help="Tokens to decode, and trace, after each text.")
+@click.option(
+    "--temperature", type=float, default=0.8, help="Of the tokens that --generate samples; 0 takes the likeliest."
+)
+@click.option(
+    "--batch_size",
+    type=CountOrAuto(),
+    help="Sequences per batch; auto finds the largest batch that fits; when not given, what --batch_tokens allows.",
+)
+@click.option("--batch_tokens", type=int, help="Padded tokens per batch; by the device's free memory when not given.")
 @device_option
 @click.option("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16.")
 @click.option("--attn_implementation", help="transformers' attention implementation, e.g. sdpa or eager.")
@@ -54,6 +73,14 @@ from expert_speculation.options import (
 @click.option("--store", default="weights", help="Columns beside the expert ids: weights,logits,lookahead.")
 @click.option(
     "--lookahead", type=int, default=0, help="Horizons of stored lookahead logits; with --store lookahead at least 1."
+)
+@click.option(
+    "--lookahead_norm",
+    default="next",
+    help="Lookahead logits from the residual stream under the next layer's own norm (next), or this layer's (own).",
+)
+@click.option(
+    "--sample_hidden", type=float, default=0.0, help="Share of tokens that carry their router inputs, such as 0.01."
 )
 @seed_option
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
@@ -74,24 +101,32 @@ def collect(
     from collection.collector import CollectSettings
     from collection.collector import collect as run
     from collection.collector import dry_run as plan_only
+    from groundwork.errors import IncompleteError
 
     columns = tuple(name for name in store.replace(" ", "").split(",") if name)
     settings = CollectSettings(store=columns, output_dir=output_dir, **options)
     if dry_run:
-        _print(plan_only(settings), json_file)
-    else:
-        _print(asdict(run(settings)), json_file)
+        facts = plan_only(settings)
+        _print(facts, json_file)
+        if facts["shortfall"]:
+            click.echo(f"The run would end incomplete, with {facts['shortfall']}.")
+        return
+    result = run(settings)
+    _print(result.facts(), json_file)
+    if result.shortfall:
+        raise IncompleteError(f"{result.run_dir}: holds {result.shortfall}")
 
 
 def _print(facts: dict[str, Any], json_file: Path | None) -> None:
     write_results(json_file, facts)
+    facts = {name: value for name, value in facts.items() if value is not None and name != "shortfall"}
     for source in facts.pop("sources"):
         skipped = "".join(f", {count} {reason}" for reason, count in sorted(source["skipped"].items()))
         click.echo(f"{source['name']:<20} {source['available']:>6} of {source['requested']} traces{skipped}")
     if "seconds" in facts:
         facts["seconds"] = round(facts["seconds"], 1)
     facts["padding_share"] = f"{facts['padding_share']:.1%}"
-    if "bytes" in facts:
-        facts["bytes on disk, estimated"] = facts.pop("bytes")
+    spoken = {"batch_tokens_by_memory": "batch_tokens of a GPU with", "bytes": "bytes on disk, estimated"}
+    facts = {spoken.get(name, name): value for name, value in facts.items()}
     facts |= {f"model {name}": value for name, value in facts.pop("model", {}).items()}
     print_facts(facts)

@@ -1,53 +1,29 @@
-"""`--datasets`: what names stand for, how rows are read, and what each wrong input is told."""
+"""`--datasets`: what names stand for, what a weight is, and what each wrong list is told."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from collection.datasets import InstalledSource, require_utf8, resolve
+from collection.datasets import resolve
 from collection.installed import KINDS, read_installed
 from collection.registry import HUB, MIXES
+from collection.sources import InstalledSource
 from groundwork.errors import ConfigurationError
 
 Write = Callable[..., Path]
-TEXTS = ["plain", "sea\u2028shore\u0085bound", "naïve 🙂", 'with "quotes", commas', "NA"]
+TEXTS = ["one", "two"]
 
 
-@pytest.fixture
-def closed_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the hub's address be a port of this machine where nobody answers."""
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".csv", ".parquet"])
-def test_every_format_gives_the_same_rows_with_keys_that_find_them_again(
-    tmp_path: Path, write_texts: Write, suffix: str
-) -> None:
-    [source] = resolve(str(write_texts(tmp_path / f"some[1]{suffix}", TEXTS)))
-    write_texts(tmp_path / f"some1{suffix}", ["what a pattern would match"])
-    rows = list(source.read())
-    assert [row.text for row in rows] == TEXTS
-    assert [row.key for row in rows] == [f"some[1]{suffix}#{number}" for number in range(len(TEXTS))]
-    assert source.name == "some[1]"
-
-
-def test_text_column_is_found_where_it_is_the_only_one_of_strings(tmp_path: Path, write_texts: Write) -> None:
-    path = write_texts(tmp_path / "a.jsonl", TEXTS, column="body")
-    [source] = resolve(f"mine={path}")
-    assert [row.text for row in source.read()] == TEXTS
-    assert source.name == "mine"
-    assert source.facts["text_field"] == "body"
-
-
-def test_several_string_columns_are_refused_and_listed(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"title": "x", "body": "y", "n": 3}\n')
-    [source] = resolve(str(path))
-    with pytest.raises(ConfigurationError, match=r"a\.jsonl: has no column 'text'.*title, body, n; rename"):
-        list(source.read())
+def test_mixes_stand_for_their_members() -> None:
+    assert [source.name for source in resolve("default,tables")] == [*MIXES["default"], "tables"]
+    assert len(MIXES["installed"]) == len(MIXES["default"]) == 8
+    for mix in ("reasoning", "code", "dialogue"):
+        sources = resolve(mix)
+        assert [source.name for source in sources] == list(MIXES[mix])
+        assert all(source.facts["location"].startswith("https://huggingface.co/datasets/") for source in sources)
+    assert sorted(name for mix in list(MIXES)[1:] for name in MIXES[mix]) == sorted(HUB)
 
 
 def test_a_folder_is_one_source_for_each_file_and_a_single_one_under_a_name(tmp_path: Path, write_texts: Write) -> None:
@@ -55,30 +31,39 @@ def test_a_folder_is_one_source_for_each_file_and_a_single_one_under_a_name(tmp_
         write_texts(tmp_path / name, TEXTS)
     assert [source.name for source in resolve(str(tmp_path))] == ["a", "b"]
     [source] = resolve(f"both={tmp_path}")
-    rows = list(source.read())
-    assert [row.number for row in rows] == list(range(2 * len(TEXTS)))
-    assert rows[len(TEXTS)].key == "b.jsonl#0"
+    assert [row.key for row in source.read()] == ["a.jsonl#0", "a.jsonl#1", "b.jsonl#0", "b.jsonl#1"]
+    assert [row.number for row in source.read()] == [0, 1, 2, 3]
 
 
-def test_mixes_stand_for_their_members() -> None:
-    assert [source.name for source in resolve("default,tables")] == [*HUB, "tables"]
-    assert len(MIXES["installed"]) == len(MIXES["default"]) == 8
+def test_a_weight_is_that_of_each_source_its_item_stands_for(tmp_path: Path, write_texts: Write) -> None:
+    write_texts(tmp_path / "a.jsonl", TEXTS)
+    sources = resolve(f"reasoning:2,tables,mine={tmp_path}/a.jsonl:0.5,{tmp_path}/a.jsonl:.25")
+    assert {source.name: source.weight for source in sources} == {
+        **dict.fromkeys(MIXES["reasoning"], Fraction(2)),
+        "tables": 1,
+        "mine": Fraction(1, 2),
+        "a": Fraction(1, 4),
+    }
+    assert [source.facts.get("weight") for source in sources[2:]] == [2.0, None, 0.5, 0.25]
 
 
-def test_dataset_root_serves_registered_names_with_their_own_text_column(tmp_path: Path) -> None:
-    path = tmp_path / "amazon_polarity.parquet"
-    pq.write_table(pa.table({"label": [1], "title": ["short"], "content": ["the text"]}), path)
-    [source] = resolve("amazon_polarity", tmp_path)
-    assert [row.text for row in source.read()] == ["the text"]
-    assert source.facts["licence"] == "apache-2.0"
-    with pytest.raises(ConfigurationError, match=r"holds no imdb \(imdb\.jsonl"):
-        resolve("imdb", tmp_path)
-
-
-def test_a_hub_out_of_reach_is_refused_at_once_with_the_offline_way(closed_hub: None) -> None:
-    [source] = resolve("imdb")
-    with pytest.raises(ConfigurationError, match=r"'imdb': the hub gives no stanfordnlp/imdb.*--dataset_root"):
-        next(source.read())
+def test_only_a_number_at_the_very_end_is_a_weight(
+    tmp_path: Path, write_texts: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs:2", "c:"):
+        Path(folder).mkdir()
+        write_texts(Path(folder) / "a.jsonl", TEXTS)
+    write_texts(Path("notes:2.txt"), TEXTS)
+    for item, weight, location in (
+        ("x=runs:2/", 1, "runs:2/"),
+        ("x=runs:2:3", 3, "runs:2"),
+        ("x=runs:2/a.jsonl:3", 3, "runs:2/a.jsonl"),
+        ("notes:2.txt", 1, "notes:2.txt"),
+        ("c:/a.jsonl", 1, "c:/a.jsonl"),
+    ):
+        [source] = resolve(item)
+        assert (source.weight, source.facts["location"]) == (weight, location), item
 
 
 @pytest.mark.parametrize(
@@ -86,58 +71,23 @@ def test_a_hub_out_of_reach_is_refused_at_once_with_the_offline_way(closed_hub: 
     [
         (
             "wikipedia",
-            "--datasets wikipedia: unknown data set; known are mixes installed, default; .*python_code.*imdb",
+            "--datasets wikipedia: unknown data set; known are mixes installed, default, reasoning, code, dialogue; "
+            ".*python_code.*imdb.*gsm8k",
         ),
         ("gone.jsonl", "no such file or folder as 'gone.jsonl'"),
         ("mine=gone", "no such file or folder as 'gone'"),
         (" , ", "names no data set"),
         ("a b=x.txt", "'a b' is no name"),
         ("tables,tables", "2 data sets are called 'tables'"),
+        ("tables:2,installed", "2 data sets are called 'tables'"),
+        ("imdb:0", "--datasets imdb:0: a weight of 0 asks for nothing; raise it, or leave imdb out"),
+        ("imdb:-1", "--datasets imdb:-1: unknown data set; .* with :WEIGHT behind it or without"),
+        ("imdb:much", "--datasets imdb:much: unknown data set"),
     ],
 )
 def test_wrong_names_are_refused_in_one_sentence(names: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         resolve(names)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b"", "is empty"),
-        ("a.txt", b" \n\n", "holds no text"),
-        ("a.csv", b"text\n", "holds no rows"),
-        ("a.jsonl", b'{"text": "ok"}\n{"text": \n', r"can not be read as \.jsonl"),
-        ("a.parquet", b"PAR1 but no more PAR1", r"can not be read as \.parquet"),
-        ("a.txt", b"good\nbad \xff\n", r"byte 9 \(0xff, line 2\) is not UTF-8"),
-        ("a.csv", "text\nnäher\n".encode("latin-1"), r"byte 6 \(0xe4, line 2\) is not UTF-8"),
-    ],
-)
-def test_unreadable_files_are_refused_in_one_sentence(
-    tmp_path: Path, name: str, content: bytes, message: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    [source] = resolve(str(tmp_path / name))
-    with pytest.raises(ConfigurationError, match=message) as caught:
-        list(source.read())
-    assert str(tmp_path / name) in str(caught.value)
-    assert not caplog.records
-
-
-def test_a_suffix_that_is_none_of_ours_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.pdf").write_bytes(b"x")
-    with pytest.raises(ConfigurationError, match=r"a\.pdf: is not a \.jsonl, \.parquet, \.csv, \.txt file"):
-        resolve(str(tmp_path / "a.pdf"))
-
-
-def test_utf8_is_checked_across_block_ends(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    lead = b"a\n" * (1 << 19)
-    path.write_bytes(lead[:-1] + "é".encode() + b"\n\x80")
-    with pytest.raises(ConfigurationError, match=rf"byte {len(lead) + 2} \(0x80, line {(1 << 19) + 1}\)"):
-        require_utf8(path)
-    path.write_bytes(lead[:-1] + "é".encode()[:1])
-    with pytest.raises(ConfigurationError, match=rf"byte {len(lead) - 1} \(0xc3"):
-        require_utf8(path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

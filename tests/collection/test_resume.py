@@ -100,7 +100,12 @@ def test_resume_starts_a_run_where_there_is_none(settings: CollectSettings, tmp_
         ({"batch_tokens": 128}, "batch_tokens was 256, is 128"),
         ({"shard_size_mb": 0.5}, "shard_size_mb was 256.0, is 0.5"),
         ({"store": ()}, "store was ['weights'], is []"),
-        ({"lookahead": 1}, "store was ['weights'], is ['weights', 'lookahead']; lookahead was 0, is 1"),
+        (
+            {"lookahead": 1},
+            "store was ['weights'], is ['weights', 'lookahead']; lookahead was 0, is 1; "
+            "lookahead_norm was None, is 'next'",
+        ),
+        ({"generate": 3}, "generate was None, is 3; temperature was None, is 0.8"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"seed": 1, "min_tokens": 7}, "min_tokens was 8, is 7; seed was 0, is 1"),
         ({"attn_implementation": "eager"}, "attn_implementation was 'sdpa', is 'eager'"),
@@ -116,7 +121,7 @@ def test_a_changed_option_is_refused_by_name(settings: CollectSettings, changes:
 
 
 def test_quantization_is_refused_by_name_with_what_follows_from_it(settings: CollectSettings) -> None:
-    assert "quantization was 'none', is 'nf4'" in refusal(replace(settings, quantization="nf4"))
+    assert "quantization was 'none', is 'int8'" in refusal(replace(settings, quantization="int8"))
 
 
 def test_other_texts_are_refused(settings: CollectSettings) -> None:

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_config
 from transformers import AutoModel
 
 from groundwork.errors import ConfigurationError
@@ -83,11 +84,12 @@ def test_description_counts_what_loading_would_load(save: Save) -> None:
     assert described["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
     assert described["parameter_bytes"]["total"] == sum(parameter.nbytes for parameter in model.parameters())
     assert sum(described["parameters"].values()) == 2 * described["parameters"]["total"]
-    assert described["parameters"]["experts"] == 3 * 12 * 3 * 16 * 32  # layers, experts, matrices, widths
-    assert described["parameters"]["routers"] == 3 * 12 * 32
-    assert described["parameters"]["embeddings"] == 97 * 32
+    assert described["parameters"]["experts"] == 3 * 8 * 3 * 64 * 64  # layers, experts, matrices, widths
+    assert described["parameters"]["routers"] == 3 * 8 * 64
+    assert described["parameters"]["embeddings"] == 97 * 64
     assert {"attention", "shared_experts"} <= described["parameters"].keys()
-    assert (described["num_layers"], described["num_experts"], described["top_k"]) == (3, 12, 3)
+    assert (described["num_layers"], described["num_experts"], described["top_k"]) == (3, 8, 3)
+    assert (described["family"], described["router_class"]) == ("Qwen2MoeModel", "Qwen2MoeTopKRouter")
     halved = describe_model(str(folder), "bfloat16")["parameter_bytes"]
     assert halved == {name: size // 2 for name, size in described["parameter_bytes"].items()}
 
@@ -105,6 +107,8 @@ def test_the_real_mixtral_is_described_in_its_published_size(tmp_path: Path) -> 
     assert (described["num_layers"], described["num_experts"], described["top_k"]) == (32, 8, 2)
     head = 32_000 * 4096
     assert described["parameters"]["total"] + head == 46_702_792_704  # the model card's 46.7B
+    sizes = {mode: round(size / 1e9, 1) for mode, size in described["quantized_bytes"].items()}
+    assert sizes == {"int8": 46.7, "nf4": 26.4, "nf4-double": 24.2}
 
 
 @pytest.mark.parametrize("load", [load_model, describe_model, load_tokenizer])
@@ -132,6 +136,27 @@ def test_a_dense_model_is_refused_before_its_weights_are_read(save: Save) -> Non
         file.unlink()
     with pytest.raises(ConfigurationError, match=r"LlamaModel is a dense model.* such as Mixtral"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize("load", [load_model, describe_model])
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        (
+            "llama4_text",
+            "Llama4TextModel can not be traced: its Llama4Router does not return",
+        ),
+        ("jetmoe", r"JetMoeModel can not be traced: .*more than one kind of router.*JetMoeAttention"),
+        ("qwen3_omni_moe", "qwen3_omni_moe can not be traced: transformers has no AutoModel for it"),
+        ("switch_transformers", "SwitchTransformersModel can not be traced: it is an encoder and a decoder"),
+    ],
+)
+def test_a_family_outside_the_adapter_is_refused_by_name_before_its_weights_are_read(
+    tmp_path: Path, load: Callable[[str], object], family: str, reason: str
+) -> None:
+    tiny_config(family).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=reason):
+        load(str(tmp_path))
 
 
 def test_a_missing_tokenizer_is_refused(save: Save) -> None:
@@ -195,7 +220,7 @@ def test_a_model_that_can_not_fit_is_refused_before_loading(save: Save) -> None:
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"num_hidden_layers": 400, "hidden_size": 8192, "intermediate_size": 28672}
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigurationError, match=r"needs \d+\.\d GB as float32.*use --quantization nf4"):
+    with pytest.raises(ConfigurationError, match=r"needs \d+\.\d GB as float32.*use a smaller model"):
         load_model(str(folder), device="cpu")
 
 

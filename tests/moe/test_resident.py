@@ -8,7 +8,9 @@ import torch
 from transformers import PreTrainedModel
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
-from moe.resident import BatchRouting, ResidentTracer
+from moe.norms import find_norms
+from moe.passes import BatchRouting
+from moe.resident import ResidentTracer
 from moe.routers import find_routers
 
 Build = Callable[..., PreTrainedModel]
@@ -16,9 +18,13 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def trace(
-    model: PreTrainedModel, batch: Batch, store: tuple[str, ...] = ("weights",), horizons: int = 0
+    model: PreTrainedModel,
+    batch: Batch,
+    store: tuple[str, ...] = ("weights",),
+    horizons: int = 0,
+    lookahead_norm: str = "next",
 ) -> BatchRouting:
-    with ResidentTracer(model, find_routers(model), store, horizons) as tracer:
+    with ResidentTracer(model, find_routers(model), store, horizons, lookahead_norm) as tracer:
         return tracer.trace(*batch)
 
 
@@ -85,7 +91,7 @@ def test_lookahead_is_a_later_router_applied_to_this_routers_input(build: Build,
     layout = find_routers(model)
     calls: list[tuple[Any, ...]] = []
     handles = [site.module.register_forward_pre_hook(lambda m, args: calls.append(args)) for site in layout.sites]
-    routing = trace(model, batch, ("lookahead",), horizons=2)
+    routing = trace(model, batch, ("lookahead",), horizons=2, lookahead_norm="own")
     for handle in handles:
         handle.remove()
     assert len(calls) == layout.num_layers, "lookahead must not set off the hooks of the routers it borrows"
@@ -102,6 +108,55 @@ def test_lookahead_is_a_later_router_applied_to_this_routers_input(build: Build,
             assert len(biases_of_source) == len(biases_of_target)
             logits_NE = layout.sites[layer].module(router_input, *biases_of_target)[0]
             assert torch.equal(stored_BTE, logits_NE.to(torch.float16).unflatten(0, batch[0].shape))
+
+
+def test_lookahead_under_the_next_norm_is_what_its_router_would_say_of_this_residual_stream(
+    build: Build, batch: Batch, family: str
+) -> None:
+    model = build(family, num_hidden_layers=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # all are ones, and so all alike, before any training
+                parameter.copy_(1 + 0.3 * torch.randn(parameter.shape))
+    layout = find_routers(model)
+    norms = find_norms(model, layout)
+    residuals: list[torch.Tensor] = []
+    shapes: list[torch.Size] = []  # some routers take [N, D] only, some [B, T, D]
+    handles = [norm.register_forward_pre_hook(lambda m, args: residuals.append(args[0])) for norm in norms]
+    handles += [
+        site.module.register_forward_pre_hook(lambda m, args: shapes.append(args[0].shape)) for site in layout.sites
+    ]
+    routing = trace(model, batch, ("logits", "lookahead"), horizons=2)
+    for handle in handles:
+        handle.remove()
+    # The first pass is the one in which the norms are found.
+    residuals, shapes = residuals[layout.num_layers :], shapes[layout.num_layers :]
+    assert len(residuals) == len(shapes) == layout.num_layers
+    assert routing.lookahead_logits_BTHLE is not None
+    assert routing.router_logits_BTLE is not None
+    for layer, site in enumerate(layout.sites):
+        for horizon in (0, 1, 2):
+            if layer < horizon:
+                assert not routing.lookahead_logits_BTHLE[:, :, horizon - 1, layer].any()
+                continue
+            stored_BTE = (
+                routing.lookahead_logits_BTHLE[:, :, horizon - 1, layer]
+                if horizon
+                else routing.router_logits_BTLE[:, :, layer]  # 0 layers early it is the router itself
+            )
+            stream = norms[layer](residuals[layer - horizon])
+            logits_NE = site.logits(stream.reshape(shapes[layer]))
+            assert torch.equal(stored_BTE, logits_NE.to(torch.float16).reshape(stored_BTE.shape))
+
+
+def test_a_router_that_reads_no_norm_is_refused_with_the_other_kind_of_lookahead(build: Build, batch: Batch) -> None:
+    model: Any = build("mixtral")
+    norm = model.layers[1].post_attention_layernorm
+    model.layers[1].post_attention_layernorm = torch.nn.Identity()
+    model.layers[1].mlp.register_forward_pre_hook(lambda module, args: (norm(args[0]),))
+    with pytest.raises(ConfigurationError, match=r"'layers\.1\.mlp\.gate' .*; use --lookahead_norm own$"):
+        trace(model, batch, ("lookahead",), horizons=1)
+    assert trace(model, batch, ("lookahead",), horizons=1, lookahead_norm="own").lookahead_logits_BTHLE is not None
 
 
 def test_more_than_256_experts_need_wider_ids(build: Build, batch: Batch) -> None:

@@ -67,20 +67,6 @@ def test_a_dense_model_is_refused_as_such(build: Build) -> None:
         find_routers(build("llama"))
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("llama4_text", {"num_local_experts": 4, "intermediate_size_mlp": 32}),  # its router returns no ids
-        ("jetmoe", {"kv_channels": 8, "num_local_experts": 4}),  # its attention is routed too
-        ("switch_transformers", {"d_model": 32, "d_ff": 16, "d_kv": 8, "num_layers": 2, "num_heads": 2}),  # two stacks
-    ],
-)
-def test_a_family_outside_the_adapter_is_refused_by_name(build: Build, family: str, changes: dict[str, Any]) -> None:
-    model = build(family, **changes)
-    with pytest.raises(ConfigurationError, match=f"{type(model).__name__} can not be traced"):
-        find_routers(model)
-
-
 def test_layers_with_different_experts_per_token_are_refused(build: Build) -> None:
     model: Any = build("mixtral")
     model.layers[1].mlp.gate.top_k = 3
@@ -88,8 +74,57 @@ def test_layers_with_different_experts_per_token_are_refused(build: Build) -> No
         find_routers(model)
 
 
-def test_experts_without_a_recorded_router_are_refused(build: Build) -> None:
+def test_experts_without_a_router_beside_them_are_refused(build: Build) -> None:
     model: Any = build("mixtral")
-    model.layers[1].mlp.gate = torch.nn.Linear(32, 8)
+    del model.layers[1].mlp.gate
     with pytest.raises(ConfigurationError, match=r"serves 'layers\.1\.mlp\.experts'"):
         find_routers(model)
+
+
+def test_a_router_of_another_make_is_refused(build: Build) -> None:
+    model: Any = build("mixtral")
+    model.layers[1].mlp.gate = torch.nn.Linear(64, 8)
+    with pytest.raises(ConfigurationError, match="its Linear does not return"):
+        find_routers(model)
+
+
+def test_routers_of_two_kinds_stand_side_by_side(build: Build) -> None:
+    layout = find_routers(build("deepseek_v4", num_hidden_layers=4))
+    assert layout.router_class == "DeepseekV4HashRouter, DeepseekV4TopKRouter"
+    assert layout.moe_layers == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2_moe", {"num_experts": 12, "num_experts_per_tok": 5, "shared_expert_intermediate_size": 64}),
+        ("deepseek_v3", {"n_routed_experts": 12, "num_experts_per_tok": 5, "n_shared_experts": 2}),
+    ],
+)
+def test_shared_experts_are_no_routed_experts(build: Build, family: str, changes: dict[str, Any]) -> None:
+    layout = find_routers(build(family, **changes))
+    assert (layout.num_experts, layout.top_k) == (12, 5)
+    assert {site.logits(torch.zeros(1, 64)).shape for site in layout.sites} == {(1, 12)}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen2_moe", {"num_experts": 300, "num_experts_per_tok": 10}),
+        ("deepseek_v3", {"n_routed_experts": 512, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}),
+    ],
+)
+def test_hundreds_of_experts_are_found(build: Build, family: str, changes: dict[str, Any]) -> None:
+    layout = find_routers(build(family, **changes))
+    assert (layout.num_experts, layout.top_k) == tuple(changes.values())[:2]
+
+
+def test_probabilities_are_read_as_the_logits_behind_them(build: Build) -> None:
+    layout = find_routers(build("gemma4_text"))
+    assert all(site.gives_probabilities for site in layout.sites)
+    site: Any = layout.sites[0]
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    scaled = site.module.norm(hidden) * site.module.scale * site.module.scalar_root_size
+    expected = site.module.proj(scaled)
+    differences = site.logits(hidden) - expected
+    torch.testing.assert_close(differences, differences[:, :1].expand_as(differences))

@@ -9,7 +9,7 @@ from traces.schema import TraceSpec, arrow_schema
 
 
 def test_spec_survives_footer_and_json(make_spec):
-    spec = make_spec(store=("weights", "lookahead"), horizons=2, moe_layers=(1, 2, 5))
+    spec = make_spec(store=("weights", "lookahead"), horizons=2, lookahead_norm="own", moe_layers=(1, 2, 5))
     assert TraceSpec.from_footer(spec.to_footer()) == spec
     assert TraceSpec.from_footer(arrow_schema(spec).metadata) == spec
 
@@ -25,6 +25,8 @@ def test_spec_survives_footer_and_json(make_spec):
         ({"store": ("weights", "router_input")}, "is not a choice of weights, logits, lookahead"),
         ({"horizons": 1}, "horizons 1 does not fit store"),
         ({"store": ("lookahead",), "horizons": 0}, "horizons 0 does not fit store"),
+        ({"store": ("lookahead",), "horizons": 1, "lookahead_norm": "mine"}, "lookahead_norm 'mine' does not fit"),
+        ({"lookahead_norm": "next"}, "lookahead_norm 'next' does not fit horizons 0"),
     ],
 )
 def test_inconsistent_spec_is_refused(make_spec, changes, message):

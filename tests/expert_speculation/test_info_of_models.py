@@ -1,0 +1,31 @@
+"""`info MODEL`: what would be traced, told from the configuration alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from expert_speculation.command import main
+
+
+def test_a_model_is_described_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "dtype": "bfloat16"}))
+    with pytest.raises(SystemExit) as exit_:
+        main(["info", str(tmp_path), "--json", str(tmp_path / "facts.json")])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["kind"] == "model"
+    assert facts["router_class"] == "MixtralTopKRouter"
+    assert (facts["num_layers"], facts["num_experts"], facts["top_k"]) == (32, 8, 2)
+    assert set(facts["quantized_bytes"]) == {"int8", "nf4", "nf4-double"}
+    assert "nf4 26,386,898,944" in printed
+    assert f"experts {facts['parameter_bytes']['experts']:,}" in printed
+
+
+def test_a_model_that_can_not_be_traced_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama4_text", "num_hidden_layers": 2}))
+    with pytest.raises(SystemExit) as exit_:
+        main(["info", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert "Llama4TextModel can not be traced" in capsys.readouterr().err
