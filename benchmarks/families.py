@@ -17,7 +17,7 @@ from tiny_models import model_types, tiny_config
 
 from groundwork.errors import ConfigurationError
 from moe.description import sketch_config
-from moe.split_experts import expert_projections
+from moe.split_experts import find_split
 
 MODES = "int8, nf4, nf4-double"
 START, END = "<!-- start: benchmarks/families.py -->\n", "<!-- end -->\n"
@@ -40,7 +40,7 @@ def judge(model_type: str) -> Verdict | None:
     except ConfigurationError as error:
         _, known, reason = str(error).partition(" can not be traced: ")
         return Verdict(model_type, refusal=reason.rpartition(";")[0]) if known else None
-    return Verdict(model_type, layout.router_class, expert_projections(sketch, layout) is not None)
+    return Verdict(model_type, layout.router_class, find_split(sketch, layout) is not None)
 
 
 def tables() -> str:

@@ -122,12 +122,14 @@ def dry_run(settings: CollectSettings) -> dict[str, Any]:
     ConfigurationError as `collect` does.
     """
     prepared = prepare(settings)
-    settings, layout, spec = prepared.settings, prepared.layout, prepared.spec
+    settings, layout, spec, loading = prepared.settings, prepared.layout, prepared.spec, prepared.loading
     tokens = sum(layout.num_tokens_S)
     return {
         "run_dir": str(prepared.run_dir),
         "model": prepared.model,
-        "device": describe_device(prepared.device),
+        "device": describe_device(loading.device),
+        "quantization": loading.mode,
+        "memory_bytes": {"needed": loading.needed, "free": loading.free},
         "store": list(spec.store),
         "lookahead": spec.horizons,
         "sources": [each.facts for each in prepared.draws],

@@ -46,7 +46,10 @@ def resolve(names: str, dataset_root: Path | None = None) -> list[Source]:
                 sources.append(source)
     for name, times in Counter(source.name for source in sources).items():
         if times > 1:
-            raise ConfigurationError(f"--datasets: {times} data sets are called '{name}'; rename with NAME=PATH")
+            raise ConfigurationError(
+                f"--datasets: {times} data sets are called '{name}'; leave one out, or give a file another name with "
+                "NAME=PATH; to weigh one member of a mix, list its members"
+            )
     return sources
 
 
@@ -67,6 +70,8 @@ def _resolve_item(item: str, dataset_root: Path | None) -> list[Source]:
     if equals:
         if not NAME.fullmatch(name):
             raise ConfigurationError(f"--datasets {item}: '{name}' is no name; use letters, digits, '_', '-' and '.'")
+        if not path:
+            raise ConfigurationError(f"--datasets {item}: names no path; give NAME=PATH")
         return [FileSource(name, as_one(Path(path), readable_files(Path(path), item), name), path)]
     if dataset_root is not None and NAME.fullmatch(item):
         copy = local_copy(dataset_root, item, HUB.get(item))

@@ -12,7 +12,7 @@ from typing import Any
 from collection.registry import HubDataset
 from collection.sources import Row, Source
 from collection.texts import Table, columns_of, find_fields, first_line, only_strings
-from collection.utf8 import require_utf8
+from collection.utf8 import bad_json_line, require_utf8
 from groundwork.errors import ConfigurationError
 
 BUILDERS = {
@@ -62,12 +62,14 @@ class FileSource(Source):
                 raise ConfigurationError(_no_field(path, columns_of(table.head), self.fields[0]))
             self.facts["text_field"] = " + ".join(fields)
             yield from table.texts(fields)
-        except ConfigurationError:
+        except (ConfigurationError, PermissionError):
             raise
         except Exception as error:
             # Each builder has its own errors (ArrowInvalid, ParserError, DatasetGenerationError, ...).
+            line = bad_json_line(path) if builder == "json" else None
+            reason = first_line(error) if line is None else f"line {line} is no JSON object"
             raise ConfigurationError(
-                f"{path}: can not be read as {suffix} ({first_line(error)}); repair the file or fix its suffix"
+                f"{path}: can not be read as {suffix} ({reason}); repair the file or fix its suffix"
             ) from error
 
 
@@ -79,7 +81,9 @@ def suffix_of(path: Path) -> str:
 def readable_files(path: Path, item: str) -> list[Path]:
     """Return a file, or a folder's files in sorted order; raises ConfigurationError where there is none to be read."""
     if not path.exists():
-        raise ConfigurationError(f"--datasets {item}: no such file or folder as '{path}'; check the path")
+        before, colon, _ = str(path).rpartition(":")
+        remedy = "a weight is a decimal number above 0" if colon and Path(before).exists() else "check the path"
+        raise ConfigurationError(f"--datasets {item}: no such file or folder as '{path}'; {remedy}")
     files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file() and suffix_of(each))
     if not files or not suffix_of(files[0]):
         what = "is not a" if path.is_file() else "holds no"

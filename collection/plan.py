@@ -106,7 +106,7 @@ def make_plan(layout: Layout, draws: list[Draw], spec: TraceSpec, identity: dict
     """Return the plan as it is saved; its settings, `identity`, are the fields that a resumed run must share."""
     table = _table(layout)
     rows = hashlib.blake2b(digest_size=16)
-    for column in ("num_tokens", "shard", "batch"):
+    for column in ("source_row", "num_tokens", "shard", "batch"):
         rows.update(table[column].to_numpy().tobytes())
     digest = fingerprint({**identity, "layout": rows.hexdigest()})
     return Plan(
@@ -210,13 +210,13 @@ def _table(layout: Layout) -> pa.Table:
     return pa.table(columns, schema=SEQUENCES_SCHEMA)
 
 
-def texts_digest(sequences: list[Sequence]) -> str:
-    """Return a digest of all texts as the model reads them, in their order."""
-    digest = hashlib.blake2b(digest_size=16)
+def texts_digests(sequences: list[Sequence]) -> dict[str, str]:
+    """Return, by source, a digest of its texts as the model reads them, in their order."""
+    digests = {name: hashlib.blake2b(digest_size=16) for name in sorted({each.dataset for each in sequences})}
     for sequence in sequences:
-        head = json.dumps([sequence.dataset, sequence.key, sequence.row, len(sequence.token_ids_T)])
-        digest.update(head.encode() + sequence.token_ids_T.tobytes())
-    return digest.hexdigest()
+        head = json.dumps([sequence.key, sequence.row, len(sequence.token_ids_T)])
+        digests[sequence.dataset].update(head.encode() + sequence.token_ids_T.tobytes())
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _config_digest(config: Any) -> str:

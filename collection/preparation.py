@@ -9,14 +9,14 @@ from transformers import AutoConfig
 
 from collection.batching import preset_batch_tokens
 from collection.datasets import Source, keep_revisions, resolve
-from collection.plan import Layout, lay_out, texts_digest
+from collection.plan import Layout, lay_out, texts_digests
 from collection.sampling import Draw, draw
 from collection.settings import CollectSettings
 from groundwork.errors import ConfigurationError, IncompleteError
 from groundwork.hardware import choose_device
 from groundwork.progress import log
 from groundwork.provenance import library_versions
-from moe.load import DTYPES, describe_model, load_tokenizer
+from moe.load import DTYPES, Loading, describe_model, foresee_loading, load_tokenizer
 from moe.quantize import MODES
 from moe.source import find_source
 from traces.plan import PLAN_NAME, Plan
@@ -34,7 +34,7 @@ class Prepared:
 
     settings: CollectSettings
     model: dict[str, Any]
-    device: torch.device
+    loading: Loading
     run_dir: Path
     draws: list[Draw]
     spec: TraceSpec
@@ -53,6 +53,7 @@ def prepare(settings: CollectSettings) -> Prepared:
     run_dir = settings.run_dir(model["name"])
     check_folder(run_dir, resume=settings.resume)
     saved = Plan.load(run_dir) if settings.resume and (run_dir / PLAN_NAME).exists() else None
+    _say_what_has_no_effect(settings, run_dir, saved)
     if saved:
         settings = _keep_decisions(settings, saved)
         keep_revisions(sources, saved.sources)
@@ -70,15 +71,23 @@ def prepare(settings: CollectSettings) -> Prepared:
     identity = _identity(settings, model, device, sources)
     if saved:
         refuse_changes(run_dir, saved, identity)
+    loading = foresee_loading(
+        settings.model,
+        device=settings.device,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        attn_implementation=settings.attn_implementation,
+        experts_implementation=settings.experts_implementation,
+    )
     draws = draw(sources, load_tokenizer(settings.model), settings)
     if not any(each.sequences for each in draws):
         raise IncompleteError(f"{run_dir}: nothing was written, for there are {shortfall(draws)}")
-    spec = _foretell(settings, model)
+    spec = _foretell(settings, model, loading.mode)
     layout = lay_out(draws, spec, settings)
-    identity["texts"] = texts_digest(layout.sequences)
+    identity["texts"] = texts_digests(layout.sequences)
     if saved:
-        refuse_changes(run_dir, saved, identity)
-    return Prepared(settings, model, device, run_dir, draws, spec, layout, identity)
+        _refuse_other_texts(run_dir, saved, identity["texts"])
+    return Prepared(settings, model, loading, run_dir, draws, spec, layout, identity)
 
 
 def shortfall(draws: list[Draw]) -> str | None:
@@ -93,8 +102,29 @@ def shortfall(draws: list[Draw]) -> str | None:
     ]
     if not short:
         return None
-    remedy = "name larger data sets, or lower --target_traces or --min_tokens"
+    remedy = f"name larger data sets, or lower {'--target_traces or ' if had else ''}--min_tokens"
     return f"{had} of {asked} sequences: {'; '.join(short)}; {remedy}"
+
+
+def _say_what_has_no_effect(settings: CollectSettings, run_dir: Path, saved: Plan | None) -> None:
+    if settings.resume and saved is None:
+        log(f"{run_dir}: holds no run to continue, so --resume starts one")
+    if settings.temperature != CollectSettings.temperature and not settings.generate:
+        log(f"--temperature {settings.temperature:g} has no effect without --generate")
+    if settings.lookahead_norm != CollectSettings.lookahead_norm and not settings.horizons:
+        log(f"--lookahead_norm {settings.lookahead_norm} has no effect without --lookahead")
+
+
+def _refuse_other_texts(run_dir: Path, saved: Plan, digests: dict[str, str]) -> None:
+    """Raise ConfigurationError, naming the sources, where the drawn texts are not those of the saved plan."""
+    before = saved.settings.get("texts")
+    if before != digests:
+        known = before if isinstance(before, dict) else {}
+        changed = [name for name in sorted(known | digests) if known.get(name) != digests.get(name)]
+        raise ConfigurationError(
+            f"{run_dir}: --resume continues a run with unchanged settings only, and the texts of {', '.join(changed)}, "
+            "or the tokens that they become, changed since it was planned; restore them or choose another --output_dir"
+        )
 
 
 def _keep_decisions(settings: CollectSettings, saved: Plan) -> CollectSettings:
@@ -174,8 +204,8 @@ def _identity(
     }
 
 
-def _foretell(settings: CollectSettings, model: dict[str, Any]) -> TraceSpec:
-    """Return the spec that the configuration implies; what loading decides is as the settings ask for it."""
+def _foretell(settings: CollectSettings, model: dict[str, Any], quantization: str) -> TraceSpec:
+    """Return the spec that the configuration implies; implementations are as the settings ask for them."""
     return TraceSpec(
         model_name=model["name"],
         model_revision=model["revision"],
@@ -185,7 +215,7 @@ def _foretell(settings: CollectSettings, model: dict[str, Any]) -> TraceSpec:
         moe_layers=tuple(model["moe_layers"]),
         expert_order="weight",
         weights_normalized=model["weights_normalized"],
-        quantization=settings.quantization,
+        quantization=quantization,
         model_dtype=model["dtype"],
         router_dtype=model["dtype"],
         attn_implementation=settings.attn_implementation,

@@ -1,7 +1,8 @@
-"""Is a text file UTF-8 to its end? Told before it is read, with the line and the byte, for plain and packed files."""
+"""Where a text file, plain or packed, is not what it should be: not UTF-8, told before it is read, or no JSON lines."""
 
 import codecs
 import gzip
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,25 @@ def require_utf8(path: Path) -> None:
             ) from error
         before += len(block)
         lines += block.count(b"\n")
+
+
+def bad_json_line(path: Path) -> int | None:
+    """Return the number, from 1, of the first line that is neither blank nor a JSON object; None where all are."""
+    rest, number = b"", 1
+    for block in _blocks(path):
+        *lines, rest = (rest + (block or b"\n")).split(b"\n")
+        for line in lines:
+            if line.strip() and not _is_json_object(line):
+                return number
+            number += 1
+    return None
+
+
+def _is_json_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _blocks(path: Path) -> Iterator[bytes]:

@@ -1,6 +1,7 @@
 """The command `expert-speculation`: its verbs, how names are spelled, and what failures look like."""
 
 import contextlib
+import errno
 import shlex
 import sys
 from typing import NoReturn
@@ -19,7 +20,7 @@ from expert_speculation.verbs.pretrain import pretrain
 from expert_speculation.verbs.report import report
 from expert_speculation.verbs.train import train
 from expert_speculation.verbs.verify import verify
-from groundwork.errors import ExpertSpeculationError
+from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from groundwork.interrupt import raise_on_signals
 
 INTERRUPTED = 130
@@ -85,8 +86,10 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if error.filename is None and error.strerror is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        click.echo(f"Error: {where}{error.strerror or error}", err=True)
-        sys.exit(1)
+        refused = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+        remedy = "; give this user access to it, or name another path" if refused else ""
+        click.echo(f"Error: {where}{error.strerror or error}{remedy}", err=True)
+        sys.exit(ConfigurationError.exit_code if refused else ExpertSpeculationError.exit_code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

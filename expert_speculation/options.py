@@ -1,7 +1,7 @@
 """Options that several verbs share, and the printing of results."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import click
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 DEFAULT_MODEL = "models/mini-mixtral"
-PATH = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path, readable=False)  # what can not be read is refused below, with the remedy
 
 
 def shard_dir_option(command: Command) -> Command:
@@ -40,7 +40,7 @@ def seed_option(command: Command) -> Command:
 def model_option(command: Command) -> Command:
     """`--model`; the embedded mini-Mixtral is found wherever the project is installed."""
     text = "Model folder in transformers' layout, or a hub id."
-    return click.option("--model", default=DEFAULT_MODEL, callback=_find_embedded, help=text)(command)
+    return click.option("--model", default=DEFAULT_MODEL, callback=find_embedded, help=text)(command)
 
 
 def json_option(command: Command) -> Command:
@@ -59,21 +59,54 @@ def write_results(json_file: Path | None, results: Any) -> None:
 
 
 def print_facts(facts: dict[str, Any]) -> None:
-    """Print `name  value` lines, aligned."""
+    """Print `name  value` lines, aligned: what is known, and bytes in units that people read."""
+    facts = {name: value for name, value in facts.items() if value is not None}
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        click.echo(f"{name:<{width}}  {_readable(value)}")
+        click.echo(f"{name:<{width}}  {_readable(name, value)}")
 
 
-def _readable(value: Any) -> str:
+def spoken_model(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return the facts of a model as they are printed: its bytes in each mode together, the plain one among them."""
+    if "parameter_bytes" not in facts:
+        return facts
+    whole = {"none": facts["parameter_bytes"]["total"]} if facts["quantization"] == "none" else {}
+    spoken = {
+        "parameter_bytes": "bytes by component" if whole else "bytes before quantising",
+        "quantized_bytes": "bytes by --quantization",
+    }
+    facts = facts | {"quantized_bytes": whole | facts["quantized_bytes"]}
+    return {spoken.get(name, name): value for name, value in facts.items() if value != {}}
+
+
+def _readable(name: str, value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_readable(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {_readable(name, each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        return _ranges(value) if name.endswith("moe_layers") else ", ".join(map(str, value))
+    if not isinstance(value, int) or isinstance(value, bool):
+        return str(value)
+    return _spoken_bytes(value) if "bytes" in name else f"{value:,}"
 
 
-def _find_embedded(ctx: click.Context, option: click.Parameter, value: str) -> str:
+def _spoken_bytes(count: int) -> str:
+    size, unit = next((pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= pair[0]), (1, "bytes"))
+    return f"{count / size:.1f} {unit}" if size > 1 else f"{count} {unit}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write rising numbers as `0, 2-7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def find_embedded(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Return the place of the embedded model where that is what `value` names from any folder, else `value`."""
     if value != DEFAULT_MODEL or Path(value).exists():
         return value
     from moe.mini import embedded_model

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from groundwork.errors import ConfigurationError
-from moe import quantize
+from moe import stored
 from moe.quantizable import quantized_bytes
 from moe.routers import RouterLayout, find_routers
 from moe.source import Source, find_source, refusing
@@ -26,11 +26,15 @@ def describe_model(path: str, dtype: str = "auto") -> dict[str, Any]:
     Keys: name, revision, family, model_layers, num_layers (MoE layers), moe_layers, num_experts, top_k, router_class,
     weights_normalized, dtype, quantization (of the checkpoint), parameters and parameter_bytes (each by component and
     as `total`, without the language model's head), quantized_bytes (of the whole, by `--quantization`; empty where the
-    experts can not be quantised). Raises ConfigurationError as `load_model` does.
+    experts can not be quantised; of a checkpoint that is quantised already only what it can be run as). `parameters`
+    and `parameter_bytes` are those before quantising, which a checkpoint in MXFP4 or FP8 is restored to. Raises
+    ConfigurationError as `load_model` does.
     """
     choose("--dtype", dtype, DTYPES)
     source = find_source(path)
     sketch, layout = sketch_model(source, dtype)
+    kept = stored.stored_mode(sketch.config)
+    stored.check_readable(kept, source.folder)
     counts = count_by_component(sketch, layout)
     return {
         "name": source.name,
@@ -44,10 +48,10 @@ def describe_model(path: str, dtype: str = "auto") -> dict[str, Any]:
         "router_class": layout.router_class,
         "weights_normalized": layout.weights_normalized,
         "dtype": str(sketch.dtype).removeprefix("torch."),
-        "quantization": quantize.stored_mode(sketch.config) or "none",
+        "quantization": kept or "none",
         "parameters": {name: count for name, (count, _) in counts.items()},
         "parameter_bytes": {name: size for name, (_, size) in counts.items()},
-        "quantized_bytes": quantized_bytes(sketch, layout),
+        "quantized_bytes": stored.kept_bytes(sketch, layout, kept) if kept else quantized_bytes(sketch, layout),
     }
 
 

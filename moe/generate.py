@@ -1,12 +1,10 @@
-"""Sampling text from a causal language model, to see what a mini-Mixtral has learned."""
+"""Sampling text from a mixture-of-experts language model, to see what a mini-Mixtral has learned."""
 
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from groundwork.hardware import choose_device
-from moe.source import find_source, read_tokenizer, refusing
+from moe.load import load_model
 
 
 def generate(
@@ -15,22 +13,17 @@ def generate(
     """Return the prompt and its continuation by at most `max_new_tokens` tokens.
 
     Args:
-        model: a folder in transformers' layout, or a hub id.
+        model: a folder in transformers' layout, quantised copies among them, or a hub id.
         temperature: 0 takes the likeliest token.
         seed: of the sampling.
 
     Raises:
-        ConfigurationError: there is no language model.
+        ConfigurationError: as `load_model` does.
     """
-    target = choose_device(device)
-    source = find_source(model, weights=True)
-    tokenizer = read_tokenizer(source)
-    with refusing(source, "language model"):
-        language_model: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype="auto", use_safetensors=True, trust_remote_code=False
-        )
-    language_model.to(target).eval()
-    inputs = tokenizer(prompt, return_tensors="pt").to(target)
+    loaded = load_model(model, device=device, language_model=True)
+    language_model: Any = loaded.model
+    tokenizer = loaded.tokenizer
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 50} if temperature > 0 else {"do_sample": False}
     torch.manual_seed(seed)
     with torch.inference_mode():

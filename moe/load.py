@@ -15,15 +15,30 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from groundwork.errors import ConfigurationError
 from groundwork.hardware import choose_device, free_memory_bytes
-from moe import quantize
+from moe import quantize, stored
 from moe.description import DTYPES, choose, count_by_component, describe_model, sketch_model
 from moe.quantizable import check_quantizable, quantized_bytes
 from moe.routers import RouterLayout
-from moe.source import Source, find_source, read_tokenizer, refusing
+from moe.source import Source, find_source, quiet, read_tokenizer, refusing, require_safetensors
 
 _SHARE_FOR_WEIGHTS = 0.9  # of the free memory; the rest is for activations
 
-__all__ = ["DTYPES", "LoadedModel", "describe_model", "load_model", "load_tokenizer", "read_weights"]
+__all__ = ["DTYPES", "LoadedModel", "describe_model", "foresee_loading", "load_model", "load_tokenizer", "read_weights"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model will be loaded, as its configuration and the memory that is free now decide it.
+
+    `stored` is how the checkpoint is quantised, None where it is not; `needed` and `free` are bytes.
+    """
+
+    source: Source
+    device: torch.device
+    mode: str
+    stored: str | None
+    needed: int
+    free: int
 
 
 @dataclass
@@ -60,24 +75,14 @@ def load_model(
     ConfigurationError, in one sentence with the remedy, for a folder that is missing or holds no such model, a dense
     model, unknown options, and a hub that can not be reached.
     """
-    choose("--dtype", dtype, DTYPES)
-    choose("--quantization", quantization, quantize.MODES)
-    if attn_implementation:
-        choose("--attn_implementation", attn_implementation, ("eager", *sorted(ALL_ATTENTION_FUNCTIONS.valid_keys())))
-    if experts_implementation:
-        known = ("eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys()))
-        choose("--experts_implementation", experts_implementation, known)
-    target = choose_device(device)
-    source = find_source(path)
-    sketch, layout = sketch_model(source, dtype)
-    stored = quantize.stored_mode(sketch.config)
-    mode = _settle_quantization(quantization, stored, sketch, layout, target, source)
-    tokenizer = read_tokenizer(source)
     options = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
+    loading = foresee_loading(path, device=device, dtype=dtype, quantization=quantization, **options)
+    source, mode, target = loading.source, loading.mode, loading.device
+    tokenizer = read_tokenizer(source)
     given = {name: value for name, value in options.items() if value}
     auto_class = AutoModelForCausalLM if language_model else AutoModel
-    model = read_weights(auto_class, find_source(path, weights=True), mode, stored is not None, dtype, target, **given)
-    split = mode != "none" and quantize.is_ours(mode)
+    whole = find_source(path, weights=True)
+    model = read_weights(auto_class, whole, mode, loading.stored is not None, dtype, target, **given)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -87,28 +92,54 @@ def load_model(
         dtype=str(model.dtype).removeprefix("torch."),
         quantization=mode,
         attn_implementation=getattr(model.config, "_attn_implementation", None),
-        experts_implementation=(
-            "per_expert_linear" if split else getattr(model.config, "_experts_implementation", None)
-        ),
+        experts_implementation=_experts_implementation(model, mode),
         device=target,
         tokenizer_hash=_tokenizer_hash(tokenizer),
     )
 
 
+def foresee_loading(
+    path: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantization: str = "none",
+    attn_implementation: str | None = None,
+    experts_implementation: str | None = None,
+) -> Loading:
+    """Return how `load_model` would load, and refuse what it would refuse before it reads weights."""
+    choose("--dtype", dtype, DTYPES)
+    choose("--quantization", quantization, quantize.MODES)
+    if attn_implementation:
+        known = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if not name.startswith("paged|")]  # of serving
+        choose("--attn_implementation", attn_implementation, ("eager", *sorted(known)))
+    if experts_implementation:
+        known = ["eager", *sorted(ALL_EXPERTS_FUNCTIONS.valid_keys())]
+        choose("--experts_implementation", experts_implementation, tuple(known))
+    target = choose_device(device)
+    source = find_source(path)
+    sketch, layout = sketch_model(source, dtype)
+    if attn_implementation:
+        _check_attention(sketch, attn_implementation)
+    loading = _settle_quantization(quantization, sketch, layout, target, source)
+    if source.revision is None:
+        require_safetensors(source)
+    return loading
+
+
 def read_weights(
-    auto_class: Any, source: Source, mode: str, stored: bool, dtype: str, device: torch.device, **options: Any
+    auto_class: Any, source: Source, mode: str, is_stored: bool, dtype: str, device: torch.device, **options: Any
 ) -> PreTrainedModel:
-    """Return the model that `auto_class` makes of `source`, quantised as `mode` says, or as it is `stored`.
+    """Return the model that `auto_class` makes of `source`, quantised as `mode` says; `is_stored`: it is so already.
 
     Raises ConfigurationError for files that can not be used, ExpertSpeculationError where quantising did not work.
     """
-    ours = mode != "none" and quantize.is_ours(mode)
+    require_safetensors(source)
+    ours = quantize.is_ours(mode)
     if device.type != "cpu" or ours:
         options["device_map"] = {"": device}
-    with (
-        refusing(source, "weights"),
-        quantize.quantized_loading(mode if ours else "none", stored=stored) as quantized_options,
-    ):
+    loading = quantize.quantized_loading(mode, stored=is_stored) if ours else stored.stored_loading(mode)
+    with refusing(source, "weights"), loading as quantized_options:
         model, report = auto_class.from_pretrained(
             source.folder,
             dtype=dtype,
@@ -127,6 +158,8 @@ def read_weights(
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
     if ours:
         quantize.check_quantized(loaded, mode)
+    elif is_stored:
+        stored.settle_loaded(loaded, mode, report["unexpected_keys"])
     return loaded
 
 
@@ -135,39 +168,54 @@ def load_tokenizer(path: str) -> Any:
     return read_tokenizer(find_source(path))
 
 
+def _check_attention(sketch: PreTrainedModel, name: str) -> None:
+    """Raise ConfigurationError where the model has no such attention, or the package that computes it is missing."""
+    try:
+        with quiet():
+            sketch.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise ConfigurationError(
+            f"--attn_implementation {name}: can not be used here ({reason}); use sdpa or eager, or install that"
+        ) from error
+
+
 def _settle_quantization(
-    asked: str,
-    stored: str | None,
-    sketch: PreTrainedModel,
-    layout: RouterLayout,
-    device: torch.device,
-    source: Source,
-) -> str:
+    asked: str, sketch: PreTrainedModel, layout: RouterLayout, device: torch.device, source: Source
+) -> Loading:
     """Return the mode to load in; raises ConfigurationError where the model can not fit or not be quantised so."""
-    if stored:
-        if asked not in ("none", "auto", stored):
+    kept = stored.stored_mode(sketch.config)
+    stored.check_readable(kept, source.folder)
+    if kept:
+        if asked not in ("none", "auto", kept):
             raise ConfigurationError(
-                f"{source.folder}: the checkpoint is already quantised, as {stored}; "
-                "use --quantization none to run it as it is"
+                f"{source.folder}: the checkpoint is already quantised, as {kept}; "
+                "leave --quantization out to run it as it is"
             )
-        if not quantize.is_ours(stored):
-            return stored
-        asked = stored
+        asked = stored.loaded_mode(kept, device)
     needed = {"none": count_by_component(sketch, layout)["total"][1], **quantized_bytes(sketch, layout)}
     free = free_memory_bytes(device)
     if asked == "auto":
         asked = most_precise(needed, free) if device.type == "cuda" else "none"
-    if asked != "none":
+    if quantize.is_ours(asked):
         check_quantizable(sketch, layout, asked, device)
-    size = needed.get(asked, 0)  # fp4 is only ever read
+        size = needed.get(asked, 0)  # fp4 is only ever read
+    else:
+        size = stored.loaded_bytes(sketch, layout, asked)
     if size > free:
-        smaller = [mode for mode in needed if needed[mode] <= free]
-        remedy = f"use --quantization {smaller[0]}, " if smaller and not stored else "use "
+        smaller = [mode for mode in needed if needed[mode] <= free and mode != asked]
+        least = min(needed, key=lambda mode: needed[mode])
+        of_original = f" on the model's original checkpoint, which is not {kept}" if kept else ""
+        remedy = "use "
+        if smaller:
+            remedy = f"use --quantization {smaller[0]}{of_original}, "
+        elif needed[least] < size:
+            remedy = f"even --quantization {least} needs {needed[least] / 1e9:.1f} GB{of_original}; use "
         raise ConfigurationError(
             f"{source.folder}: needs {size / 1e9:.1f} GB as {_spoken(asked, sketch)}, and {device} has "
             f"{free / 1e9:.1f} GB free; {remedy}a smaller model or a device with more memory"
         )
-    return asked
+    return Loading(source, device, asked, kept, size, free)
 
 
 def most_precise(needed: dict[str, int], free: int) -> str:
@@ -176,7 +224,14 @@ def most_precise(needed: dict[str, int], free: int) -> str:
 
 
 def _spoken(mode: str, sketch: PreTrainedModel) -> str:
-    return str(sketch.dtype).removeprefix("torch.") if mode == "none" else mode
+    dtype = str(sketch.dtype).removeprefix("torch.")
+    return mode if quantize.is_ours(mode) or mode == "mxfp4" else dtype
+
+
+def _experts_implementation(model: PreTrainedModel, mode: str) -> str | None:
+    if quantize.is_ours(mode):
+        return "per_expert_linear"
+    return "mxfp4_kernels" if mode == "mxfp4" else getattr(model.config, "_experts_implementation", None)
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:

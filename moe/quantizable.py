@@ -1,7 +1,5 @@
 """What quantising would make of a model, told from its shapes: which matrices, how many bytes, and what forbids it."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,14 +8,15 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from groundwork.errors import ConfigurationError
 from moe.routers import RouterLayout
-from moe.split_experts import expert_projections
+from moe.split_experts import Split, find_split, matrix_shapes
 
 
 def quantized_bytes(model: PreTrainedModel, layout: RouterLayout) -> dict[str, int]:
     """Return mode -> bytes of `model`, whose weights may be on the meta device; empty where it can not be quantised."""
-    if expert_projections(model, layout) is None:
+    split = find_split(model, layout)
+    if split is None:
         return {}
-    matrices = _quantized_matrices(model, layout)
+    matrices = _quantized_matrices(model, layout, split)
     whole = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in matrices)
     return {
         mode: whole + sum(count * size(rows, columns) for count, rows, columns in matrices.values())
@@ -26,23 +25,26 @@ def quantized_bytes(model: PreTrainedModel, layout: RouterLayout) -> dict[str, i
 
 
 def check_quantizable(model: PreTrainedModel, layout: RouterLayout, mode: str, device: torch.device) -> None:
-    """Raise ConfigurationError for experts that can not be split, and for widths that bitsandbytes gets wrong.
+    """Raise ConfigurationError for experts that can not be split, and for shapes that bitsandbytes gets wrong.
 
-    On a CPU bitsandbytes 0.50 restores 4-bit rows wrongly, without a word, where the blocks of 64 cross them, unless
-    their width is odd: relative errors of 0.2 to 0.8 instead of 0.09.
+    On a CPU bitsandbytes 0.50 restores 4-bit rows wrongly, without a word, where the blocks of 64 cross them (relative
+    errors of 0.2 to 0.8 instead of 0.09), and its kernel for AVX-512 takes rows in blocks of 32, or fails.
     """
-    if expert_projections(model, layout) is None:
+    split = find_split(model, layout)
+    if split is None:
         raise ConfigurationError(
             f"--quantization {mode}: the experts of {type(model).__name__} can not be split into linear modules; "
             "use --quantization none"
         )
     if device.type != "cpu" or mode == "int8":
         return
-    wrong = {width for _, _, width in _quantized_matrices(model, layout).values() if width % 2 == 0 and width % 64}
+    shapes = {(rows, width) for _, rows, width in _quantized_matrices(model, layout, split).values()}
+    wrong = sorted((width, rows) for rows, width in shapes if width % 64 or rows % 32)
     if wrong:
+        width, rows = wrong[-1]
         raise ConfigurationError(
-            f"--quantization {mode}: on a CPU bitsandbytes computes wrongly with 4-bit matrices {max(wrong)} wide, for "
-            "blocks of 64 cross their rows; use --quantization int8 or none, or a GPU"
+            f"--quantization {mode}: on a CPU bitsandbytes fails, or computes wrongly, with 4-bit matrices {width} "
+            f"wide and {rows} high, which are no multiples of 64 and 32; use --quantization int8 or none, or a GPU"
         )
 
 
@@ -53,14 +55,12 @@ def kept_modules(model: PreTrainedModel, layout: RouterLayout) -> list[str]:
     return [*get_keys_to_not_convert(model), *routers, *gates]
 
 
-def _quantized_matrices(model: PreTrainedModel, layout: RouterLayout) -> dict[int, tuple[int, int, int]]:
+def _quantized_matrices(model: PreTrainedModel, layout: RouterLayout, split: Split) -> dict[int, tuple[int, int, int]]:
     """Return (number, rows, columns) of the matrices that each quantised parameter becomes, by the id of that."""
     matrices: dict[int, tuple[int, int, int]] = {}
     for site in layout.sites:
-        fused: Any = site.experts
-        num_experts, double_width, hidden = fused.gate_up_proj.shape
-        matrices[id(fused.gate_up_proj)] = 2 * num_experts, double_width // 2, hidden
-        matrices[id(fused.down_proj)] = num_experts, hidden, double_width // 2
+        for name, shape in matrix_shapes(site.experts, split).items():
+            matrices[id(getattr(site.experts, name))] = shape
     skipped = kept_modules(model, layout)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and should_convert_module(name, skipped):

@@ -23,7 +23,8 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from groundwork.errors import ExpertSpeculationError
 from moe.quantizable import kept_modules
 from moe.routers import find_routers
-from moe.split_experts import PerExpertLinears, expert_projections, merging_converters
+from moe.split_experts import PerExpertLinears, find_split
+from moe.split_loading import splitting_conversions, without_splitting
 
 _config_of: Any = BitsAndBytesConfig  # not annotated by transformers
 
@@ -57,23 +58,6 @@ def quantized_loading(mode: str, *, stored: bool = False) -> Iterator[dict[str, 
         yield {"quantization_config": _config_of(**settings)} if settings else {}
     finally:
         auto.AUTO_QUANTIZER_MAPPING.update(stock)
-
-
-def stored_mode(config: Any) -> str | None:
-    """Return how the checkpoint of `config` is quantised; None where it is not.
-
-    By bitsandbytes: int8, nf4, nf4-double (or fp4, fp4-double, which no option asks for); else the method's name.
-    """
-    stored: Any = getattr(config, "quantization_config", None)
-    if stored is None:
-        return None
-    settings = stored if isinstance(stored, dict) else stored.to_dict()
-    if settings.get("load_in_8bit"):
-        return "int8"
-    if settings.get("load_in_4bit"):
-        double = "-double" if settings.get("bnb_4bit_use_double_quant") else ""
-        return str(settings.get("bnb_4bit_quant_type", "fp4")) + double
-    return str(settings.get("quant_method", "unknown"))
 
 
 def is_ours(mode: str) -> bool:
@@ -130,8 +114,8 @@ class _SplitExperts:
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         layout = find_routers(model)
-        names = expert_projections(model, layout)
-        assert names is not None, "check_quantizable was not asked"
+        split = find_split(model, layout)
+        assert split is not None, "check_quantizable was not asked"
         # Stored names are those of transformers 4, with a head around the base model.
         stored = [
             re.sub(r"^model\.", "", name).replace("block_sparse_moe", "mlp")
@@ -140,26 +124,32 @@ class _SplitExperts:
         self.quantization_config.llm_int8_skip_modules = sorted({*stored, *kept_modules(model, layout)})
         for site in layout.sites:
             with torch.device("meta"):
-                site.block.experts = PerExpertLinears(site.experts, names)
+                site.block.experts = PerExpertLinears(site.experts, split)
             block: Any = site.block
             block._is_hf_initialized = True  # some families would initialise the fused experts from their block
         return super()._process_model_before_weight_loading(model, *args, **kwargs)  # type: ignore[misc]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Drop the converters that merge the experts' weights into the parameters that are no longer there."""
-        merging = merging_converters(weight_conversions)
-        kept = [each for each in weight_conversions if each not in merging]
-        return super().update_weight_conversions(kept, model)  # type: ignore[misc, no-any-return]
+        """Fill the experts' linear modules instead of the fused parameters that are no longer there."""
+        experts = next(module for module in model.modules() if isinstance(module, PerExpertLinears))
+        ours = splitting_conversions(weight_conversions, experts)
+        return super().update_weight_conversions(ours, model)  # type: ignore[misc, no-any-return]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model._weight_conversions = without_splitting(model._weight_conversions)
+        return super()._process_model_after_weight_loading(model, **kwargs)  # type: ignore[misc]
 
     def get_quantize_ops(self) -> Any:
         """Quantise, and give the memory of the full-precision tensors back as loading goes on."""
         stock: Any = type(super().get_quantize_ops())  # type: ignore[misc]
 
         def convert(operation: Any, *args: Any, **kwargs: Any) -> Any:
-            self._converted = getattr(self, "_converted", 0) + 1
-            if self._converted % _TENSORS_BETWEEN_TRIMS == 0:
+            result = stock.convert(operation, *args, **kwargs)
+            self._converted = getattr(self, "_converted", 0) + len(result)
+            if self._converted >= _TENSORS_BETWEEN_TRIMS:
+                self._converted = 0
                 _trim_heap()
-            return stock.convert(operation, *args, **kwargs)
+            return result
 
         return type(stock.__name__, (stock,), {"convert": convert})(self)
 

@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from groundwork.errors import ConfigurationError
 from groundwork.hardware import choose_device
-from moe import quantize
+from moe import quantize, stored
 from moe.description import choose, sketch_model
 from moe.load import read_weights
 from moe.quantizable import check_quantizable
@@ -30,7 +30,7 @@ def save_quantized(path: str, folder: Path, *, quantization: str = "nf4", device
     target = choose_device(device)
     source = find_source(path)
     sketch, layout = sketch_model(source, "auto")
-    if quantize.stored_mode(sketch.config):
+    if stored.stored_mode(sketch.config):
         raise ConfigurationError(f"{source.folder}: the checkpoint is already quantised; copy its folder as it is")
     check_quantizable(sketch, layout, quantization, target)
     tokenizer = read_tokenizer(source)

@@ -170,6 +170,11 @@ class ResidentTracer:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._passes is None:
                 return
+            if not self._passes or index not in self._passes[-1].routing:
+                raise ExpertSpeculationError(
+                    f"the experts beside router {site.name!r} were called without it: {type(self.model).__name__} "
+                    "chooses them in a way that hooks do not see, and can not be traced"
+                )
             received = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
             check_received(site, *self._passes[-1].routing[index], received, type(self.model).__name__)
             self._unchecked.discard(index)

@@ -56,8 +56,8 @@ def find_source(path: str, *, weights: bool = False) -> Source:
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "an error"
         raise ConfigurationError(
-            f"{path}: the hub answers {status} for this model; check its name, accept its licence on the hub and "
-            "log in with 'hf auth login', or give a local folder"
+            f"{path}: no such folder, and the hub answers {status} for a model of this name; check it, accept its "
+            "licence on the hub and log in with 'hf auth login', or give a local folder"
         ) from error
     except Exception as error:
         # httpx, requests and huggingface_hub each have their own network errors; none of them is worth telling apart.
@@ -65,8 +65,8 @@ def find_source(path: str, *, weights: bool = False) -> Source:
             fetched = snapshot_download(path, allow_patterns=wanted, local_files_only=True)
         except (LocalEntryNotFoundError, OSError):
             raise ConfigurationError(
-                f"{path}: is no local folder, and the hub can not be reached ({type(error).__name__}); "
-                "copy the model's folder to this machine and give its path"
+                f"{path}: no such folder, and the hub can not be reached to ask for a model of this name "
+                f"({type(error).__name__}); check the path, or copy the model's folder to this machine"
             ) from error
     return Source(Path(fetched), path, Path(fetched).name)
 
@@ -80,6 +80,18 @@ def read_tokenizer(source: Source) -> Any:
         )
     with refusing(source, "tokenizer"):
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+
+
+def require_safetensors(source: Source) -> None:
+    """Raise ConfigurationError where a model's folder holds no weights that are read here."""
+    if any(source.folder.glob("*.safetensors")):
+        return
+    others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in source.folder.glob(pattern))
+    raise ConfigurationError(
+        f"{source.folder}: holds no *.safetensors files"
+        + (f", and weights in other formats ({others[0]}) are not read" if others else "")
+        + "; fetch them, or save the model in this format with transformers' save_pretrained"
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from expert_speculation.options import (
     model_option,
     print_facts,
     seed_option,
+    spoken_model,
     write_results,
 )
 
@@ -22,14 +23,29 @@ class CountOrAuto(click.ParamType[Any]):
     name = "integer or auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == "auto" else click.INT.convert(value, param, ctx)
+        if value == "auto" or isinstance(value, int):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"'{value}' is neither a whole number nor 'auto'.", param, ctx)
+
+
+class ModeChoice(click.Choice[str]):
+    """A choice that lists its values as they are written, though `nf4_double` is taken too."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        return f"'{value}' is not one of {', '.join(self.choices)}."
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return f"[{'|'.join(self.choices)}]"
 
 
 @click.command()
 @model_option
 @click.option(
     "--quantization",
-    type=click.Choice(["auto", "none", "int8", "nf4", "nf4-double"]),
+    type=ModeChoice(["auto", "none", "int8", "nf4", "nf4-double"]),
     default="auto",
     help="Precision of the experts; auto quantises only what would not fit the GPU.",
 )
@@ -77,7 +93,8 @@ class CountOrAuto(click.ParamType[Any]):
 @click.option(
     "--lookahead_norm",
     default="next",
-    help="Lookahead logits from the residual stream under the next layer's own norm (next), or this layer's (own).",
+    help="Lookahead logits of layer l, h layers ahead, read layer l-h's residual stream, under the norm of layer l "
+    "(next) or of layer l-h (own).",
 )
 @click.option(
     "--sample_hidden", type=float, default=0.0, help="Share of tokens that carry their router inputs, such as 0.01."
@@ -119,14 +136,18 @@ def collect(
 
 def _print(facts: dict[str, Any], json_file: Path | None) -> None:
     write_results(json_file, facts)
-    facts = {name: value for name, value in facts.items() if value is not None and name != "shortfall"}
+    facts = {name: value for name, value in facts.items() if name != "shortfall"}
     for source in facts.pop("sources"):
         skipped = "".join(f", {count} {reason}" for reason, count in sorted(source["skipped"].items()))
         click.echo(f"{source['name']:<20} {source['available']:>6} of {source['requested']} traces{skipped}")
     if "seconds" in facts:
         facts["seconds"] = round(facts["seconds"], 1)
     facts["padding_share"] = f"{facts['padding_share']:.1%}"
-    spoken = {"batch_tokens_by_memory": "batch_tokens of a GPU with", "bytes": "bytes on disk, estimated"}
+    spoken = {
+        "batch_tokens_by_memory": "batch_tokens of a GPU with",
+        "bytes": "bytes on disk, estimated",
+        "memory_bytes": "bytes of memory",
+    }
     facts = {spoken.get(name, name): value for name, value in facts.items()}
-    facts |= {f"model {name}": value for name, value in facts.pop("model", {}).items()}
+    facts |= {f"model {name}": value for name, value in spoken_model(facts.pop("model", {})).items()}
     print_facts(facts)

@@ -1,6 +1,7 @@
 """Whole collection runs on a tiny random Mixtral: what is stored is what the model routed, and failures say why."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -172,7 +173,10 @@ def test_a_source_that_is_too_small_gives_all_it_has_and_the_result_says_so(
 
 def test_a_run_without_any_usable_text_writes_nothing(tmp_path: Path, make_settings: Make) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    with pytest.raises(IncompleteError, match="nothing was written, for there are 0 of 8 sequences: a gave 0 of 8"):
+    why = (
+        "nothing was written, for there are 0 of 8 sequences: a gave 0 of 8 .* larger data sets, or lower --min_tokens"
+    )
+    with pytest.raises(IncompleteError, match=why):
         collect(make_settings(datasets=str(tmp_path / "a.txt")))
     assert not (tmp_path / "run").exists()
 
@@ -181,6 +185,10 @@ def test_a_dry_run_foretells_the_run_and_writes_nothing(tmp_path: Path, make_set
     settings = make_settings(datasets=two_files, target_traces=30, shard_size_mb=0.03)
     foretold = dry_run(settings)
     assert json.loads(json.dumps(foretold)) == foretold
+    assert (foretold["quantization"], foretold["memory_bytes"]["needed"]) == (
+        "none",
+        foretold["model"]["parameter_bytes"]["total"],
+    )
     assert not (tmp_path / "run").exists()
     result = collect(settings)
     facts = json.loads(json.dumps(result.facts()))
@@ -259,6 +267,24 @@ def test_runs_that_can_not_work_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("run", [collect, dry_run])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"quantization": "nf4"}, "--quantization nf4: on a CPU bitsandbytes fails"),
+        ({"attn_implementation": "paged|eager"}, "--attn_implementation paged|eager: unknown; use one of eager"),
+        ({"experts_implementation": "none_such"}, "--experts_implementation none_such: unknown"),
+    ],
+)
+def test_what_loading_would_refuse_is_refused_before_texts_are_read(
+    tmp_path: Path, make_settings: Make, run: Callable[[CollectSettings], Any], changes: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "never_read.txt").write_bytes(b"\xff")
+    with pytest.raises(ConfigurationError, match=re.escape(message)):
+        run(make_settings(datasets=str(tmp_path / "never_read.txt"), **changes))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dense_model_is_refused(tmp_path: Path, make_settings: Make, two_files: str, model_dir: Path) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=512, **shape)).save_pretrained(tmp_path / "dense")
@@ -273,6 +299,17 @@ def test_max_length_is_lowered_to_what_the_model_reads(
     foretold = dry_run(make_settings(datasets=two_files, max_length=5000))
     assert foretold["sequences"] == 8
     assert "tiny-mixtral reads at most 256 tokens: --max_length 5000 is lowered to that" in capsys.readouterr().err
+
+
+def test_options_without_effect_are_named(
+    make_settings: Make, two_files: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run(make_settings(datasets=two_files, temperature=0, lookahead_norm="own"))
+    said = capsys.readouterr().err
+    assert "--temperature 0 has no effect without --generate" in said
+    assert "--lookahead_norm own has no effect without --lookahead" in said
+    dry_run(make_settings(datasets=two_files, temperature=0, generate=2, lookahead_norm="own", lookahead=1))
+    assert "no effect" not in capsys.readouterr().err
 
 
 def test_the_default_folder_is_called_after_the_model_and_the_suffix() -> None:

@@ -82,12 +82,17 @@ def pretend(settings: CollectSettings, **changes: Any) -> None:
     replace(plan, fingerprint=other, spec=spec, settings=plan.settings | changes).save(run_dir)
 
 
-def test_resume_starts_a_run_where_there_is_none(settings: CollectSettings, tmp_path: Path) -> None:
+def test_resume_starts_a_run_where_there_is_none_and_says_so(
+    settings: CollectSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert settings.output_dir is not None
     (tmp_path / "empty").mkdir()
     for name in ("empty", "missing"):
         collect(replace(settings, output_dir=tmp_path / name))
         assert content(tmp_path / name) == content(settings.output_dir)
+        assert f"{name}: holds no run to continue, so --resume starts one" in capsys.readouterr().err
+    collect(settings)
+    assert "starts one" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -130,7 +135,13 @@ def test_other_texts_are_refused(settings: CollectSettings) -> None:
     assert refusal(replace(settings, datasets=f"{two},{one}")).startswith("datasets was ['a', 'b'], is ['b', 'a']")
     path = Path(one)
     path.write_text(path.read_text().replace("river", "brook"))
-    assert refusal(settings).startswith("texts was ")
+    changed = "changed since it was planned"
+    assert refusal(settings) == f"the texts of a, or the tokens that they become, {changed}"
+    path.write_text("")
+    with pytest.raises(ConfigurationError, match="is empty"):
+        collect(settings)
+    path.write_text('{"text": "short"}\n')
+    assert refusal(settings) == f"the texts of a, or the tokens that they become, {changed}"
 
 
 def test_a_model_that_differs_in_the_sign_of_one_value_is_refused(settings: CollectSettings) -> None:

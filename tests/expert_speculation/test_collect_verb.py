@@ -78,7 +78,8 @@ def test_a_run_that_has_all_ends_with_0_and_without_a_word_of_shortage(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--batch_size", "many"], "'many' is not a valid integer"),
+        (["--batch_size", "many"], "'many' is neither a whole number nor 'auto'"),
+        (["--quantization", "fp8"], "'fp8' is not one of auto, none, int8, nf4, nf4-double."),
         (["--batch_size", "auto", "--batch_tokens", "64"], "--batch_tokens 64: --batch_size auto finds"),
         (["--generate", "-1"], "--generate -1: must not be negative"),
         (["--temperature", "-1"], "--temperature -1: must not be negative; 0 takes the likeliest token"),

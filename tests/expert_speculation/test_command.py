@@ -1,3 +1,5 @@
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,21 @@ def test_an_interrupt_exits_130_with_the_command_that_resumes(capsys, monkeypatc
     code, _, error = _run("collect", "--output_dir", "run", capsys=capsys)
     assert code == 130
     assert "expert-speculation collect --output_dir run --resume" in error
+
+
+def test_a_path_without_access_exits_2_with_the_remedy(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0)
+    words = [sys.executable, "-m", "expert_speculation", "verify", str(tmp_path / "locked")]
+    if os.geteuid() == 0:  # to whom nothing is locked
+        without = shutil.which("setpriv")
+        if without is None:
+            pytest.skip("root, and no setpriv to give up its powers")
+        words = [without, "--bounding-set=-dac_override,-dac_read_search", *words]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"Error: {tmp_path}/locked/plan.json: Permission denied; give this user access to it, or name another path\n"
+    )
 
 
 def test_help_imports_neither_torch_nor_transformers():

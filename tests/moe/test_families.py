@@ -8,7 +8,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from families import END, START, with_tables
@@ -17,10 +17,11 @@ from tiny_models import tiny_config, tiny_model
 from groundwork.errors import ConfigurationError
 from moe.description import sketch_config
 from moe.load import read_weights
+from moe.quantize import quantized_loading
 from moe.resident import ResidentTracer
 from moe.routers import find_routers
-from moe.source import Source
-from moe.split_experts import PerExpertLinears
+from moe.source import Source, quiet
+from moe.split_experts import PerExpertLinears, matrix_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "MODELS.md"
@@ -81,29 +82,37 @@ def test_a_family_outside_the_adapter_is_refused_by_name(model_type: str) -> Non
 
 
 @pytest.mark.parametrize("model_type", named(3, "yes"))
-def test_a_familys_experts_are_quantised_from_its_own_checkpoint(model_type: str, tmp_path: Path) -> None:
+def test_a_familys_experts_are_split_and_quantised_from_its_own_checkpoint(model_type: str, tmp_path: Path) -> None:
     original = tiny_model(model_type)
     original.save_pretrained(tmp_path)
     source = Source(tmp_path, model_type, None)
-    loaded = read_weights(AutoModel, source, "nf4", False, "auto", torch.device("cpu"))
+    layout = find_routers(original)
+    quantised = find_routers(read_weights(AutoModel, source, "nf4", False, "auto", torch.device("cpu")))
+    split_only = find_routers(split_without_quantising(tmp_path))
     generator = torch.Generator().manual_seed(2)
-    for whole, quantised in zip(find_routers(original).sites, find_routers(loaded).sites, strict=True):
-        fused: Any = whole.experts
-        split = quantised.experts
-        assert isinstance(split, PerExpertLinears)
-        assert torch.equal(next(whole.module.parameters()), next(quantised.module.parameters()))
-        gate, up = fused.gate_up_proj[1].chunk(2)
-        for name, weight in zip(split.names, (gate, up, fused.down_proj[1]), strict=True):
-            stored: Any = split.get_submodule(f"1.{name}").weight
-            restored = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state)
-            assert float((restored - weight).norm() / weight.norm()) < 0.12  # NF4 of normal weights: about 0.09
-        exact = PerExpertLinears(fused, split.names)
-        for expert in range(len(fused.down_proj)):
-            weights = (*fused.gate_up_proj[expert].chunk(2), fused.down_proj[expert])
-            for name, weight in zip(split.names, weights, strict=True):
-                exact.get_submodule(f"{expert}.{name}").weight.data = weight
-        hidden = torch.randn(20, fused.down_proj.shape[1], generator=generator)
+    for fused_site, exact_site, small_site in zip(layout.sites, split_only.sites, quantised.sites, strict=True):
+        fused: Any = fused_site.experts
+        exact, small = exact_site.experts, small_site.experts
+        assert isinstance(exact, PerExpertLinears)
+        assert isinstance(small, PerExpertLinears)
+        for kept in (exact_site, small_site):
+            assert torch.equal(next(fused_site.module.parameters()), next(kept.module.parameters()))
+        hidden = torch.randn(20, matrix_shapes(fused, exact.split)["down_proj"][1], generator=generator)
         ids = torch.rand(20, len(fused.down_proj), generator=generator).argsort(dim=1)[:, :3]
         mixing = torch.rand(20, 3, generator=generator)
         # Sums of float32 in another order.
         torch.testing.assert_close(exact(hidden, ids, mixing), fused(hidden, ids, mixing), atol=1e-4, rtol=1e-3)
+        for name in (*small.split.up, small.split.down):
+            weight: Any = exact.get_submodule(f"1.{name}").weight
+            assert type(exact.get_submodule(f"1.{name}")) is torch.nn.Linear
+            stored: Any = small.get_submodule(f"1.{name}").weight
+            restored = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state)
+            assert float((restored - weight).norm() / weight.norm()) < 0.12  # NF4 of normal weights: about 0.09
+
+
+def split_without_quantising(folder: Path) -> PreTrainedModel:
+    """Load a checkpoint as for quantising, but with every module left in full precision."""
+    with quiet(), quantized_loading("int8") as options:
+        options["quantization_config"].llm_int8_skip_modules = [".*"]
+        model: PreTrainedModel = AutoModel.from_pretrained(folder, dtype="auto", device_map={"": "cpu"}, **options)
+    return model.requires_grad_(False)

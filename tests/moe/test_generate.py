@@ -5,6 +5,7 @@ from transformers import MixtralForCausalLM
 from groundwork.errors import ConfigurationError
 from moe.generate import generate
 from moe.mini import mixtral_config, size
+from moe.quantized_copy import save_quantized
 from moe.training.tokenizer import train_tokenizer
 
 
@@ -29,6 +30,13 @@ def test_the_prompt_is_continued_and_a_seed_repeats_it(model_dir):
 def test_temperature_zero_does_not_depend_on_the_seed(model_dir):
     texts = {generate(model_dir, "some", max_new_tokens=8, temperature=0, device="cpu", seed=seed) for seed in (1, 2)}
     assert len(texts) == 1
+
+
+def test_a_quantised_copy_is_sampled(model_dir, tmp_path):
+    save_quantized(model_dir, tmp_path / "copy", quantization="int8", device="cpu")
+    text = generate(str(tmp_path / "copy"), "some words", max_new_tokens=8, temperature=0, device="cpu")
+    assert text.startswith("some words")
+    assert len(text) > len("some words")
 
 
 def test_a_missing_folder_is_refused():

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -195,8 +196,10 @@ def test_pickled_weights_are_refused(save: Save) -> None:
     model = AutoModel.from_pretrained(folder)
     for file in folder.glob("*.safetensors*"):
         file.unlink()
+    with pytest.raises(ConfigurationError, match=r"mixtral: holds no \*\.safetensors files; fetch them, or save"):
+        load_model(str(folder))
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ConfigurationError, match="its weights can not be used"):
+    with pytest.raises(ConfigurationError, match=r"formats \(pytorch_model\.bin\) are not read; fetch them, or"):
         load_model(str(folder))
 
 
@@ -207,6 +210,7 @@ def test_pickled_weights_are_refused(save: Save) -> None:
         ({"quantization": "nf5"}, "--quantization nf5: unknown; use one of none, int8, nf4"),
         ({"device": "cuda:99"}, "cuda:99"),
         ({"attn_implementation": "none_such"}, "--attn_implementation none_such: unknown; use one of eager, .*sdpa"),
+        ({"attn_implementation": "paged|eager"}, r"paged\|eager: unknown; use one of eager, flash_[^|]*, sdpa$"),
         ({"experts_implementation": "none_such"}, "--experts_implementation none_such: unknown; use one of eager"),
     ],
 )
@@ -220,14 +224,22 @@ def test_a_model_that_can_not_fit_is_refused_before_loading(save: Save) -> None:
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"num_hidden_layers": 400, "hidden_size": 8192, "intermediate_size": 28672}
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigurationError, match=r"needs \d+\.\d GB as float32.*use a smaller model"):
+    reason = r"needs \d+\.\d GB as float32, and cpu has .*; even --quantization nf4-double needs \d+\.\d GB; use a"
+    with pytest.raises(ConfigurationError, match=reason):
         load_model(str(folder), device="cpu")
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_an_attention_whose_package_is_missing_is_refused_by_its_option(save: Save) -> None:
+    refused = "--attn_implementation flash_attention_2: can not be used here .*FlashAttention2.*; use sdpa or eager"
+    with pytest.raises(ConfigurationError, match=refused):
+        load_model(str(save()), device="cpu", attn_implementation="flash_attention_2")
 
 
 def test_a_hub_out_of_reach_fails_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     started = time.monotonic()
-    with pytest.raises(ConfigurationError, match=r"hub can not be reached.*copy the model's folder"):
+    with pytest.raises(ConfigurationError, match=r"no such folder, and the hub can not be reached.*copy the model"):
         load_model("mistralai/Mixtral-8x7B-v0.1")
     assert time.monotonic() - started < 15

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes import functional, nn
 from safetensors.torch import load_file, save_file
+from tiny_models import tiny_config
 from transformers import PreTrainedModel
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
@@ -19,7 +20,7 @@ from moe.quantize import check_quantized, expert_bytes_per_parameter
 from moe.quantized_copy import save_quantized
 from moe.resident import ResidentTracer
 from moe.routers import find_routers
-from moe.split_experts import PerExpertLinears
+from moe.split_experts import PerExpertLinears, Split
 
 Save = Callable[..., Path]
 Build = Callable[..., PreTrainedModel]
@@ -71,8 +72,9 @@ def test_a_trained_models_experts_shrink_and_its_routing_stays(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_description_foretells_the_bytes(save: Save, mode: str) -> None:
-    folder = str(save("qwen2_moe", **WIDE, moe_intermediate_size=64, shared_expert_intermediate_size=64))
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss"])
+def test_the_description_foretells_the_bytes(save: Save, family: str, mode: str) -> None:
+    folder = str(save(family, **WIDE, moe_intermediate_size=64, shared_expert_intermediate_size=64))
     state = load_model(folder, device="cpu", quantization=mode).model.state_dict()
     tables = ("quant_map", "quant_state.bitsandbytes__nf4", "weight_format")  # the same few bytes for every matrix
     assert describe_model(folder)["quantized_bytes"][mode] == sum(
@@ -89,7 +91,7 @@ def test_gates_that_are_linear_layers_stay_in_full_precision(save: Save, family:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe"])
 def test_a_quantised_copy_reloads_bit_for_bit(save: Save, tmp_path: Path, batch: Batch, family: str, mode: str) -> None:
     folder, copy = save(family, **WIDE, moe_intermediate_size=128), tmp_path / "copy"
     save_quantized(str(folder), copy, quantization=mode, device="cpu")
@@ -198,7 +200,7 @@ def test_a_checkpoint_that_transformers_4_quantised_is_read(save: Save, batch: B
                 scales = weight.SCB if mode == "int8" else weight.quant_state.absmax
                 assert torch.equal(scales, stored[f"{prefix}.SCB" if mode == "int8" else f"{prefix}.weight.absmax"])
     assert len(routed(loaded.model, batch).unique()) > 2
-    with pytest.raises(ConfigurationError, match=f"already quantised, as {mode}; use --quantization none"):
+    with pytest.raises(ConfigurationError, match=f"already quantised, as {mode}; leave --quantization out"):
         load_model(str(folder), device="cpu", quantization="nf4" if mode == "int8" else "int8")
 
 
@@ -226,13 +228,13 @@ def test_modules_that_transformers_4_left_whole_stay_whole(save: Save) -> None:
     assert type(model.layers[0].mlp.experts.get_submodule("3.w1")) is torch.nn.Linear
 
 
-def test_widths_that_bitsandbytes_gets_wrong_are_refused_on_a_cpu(save: Save) -> None:
+def test_shapes_that_bitsandbytes_gets_wrong_are_refused_on_a_cpu(save: Save) -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     packed, state = functional.quantize_4bit(weight, quant_type="nf4")
     error = (functional.dequantize_4bit(packed, state) - weight).norm() / weight.norm()
     assert error > 0.15, "bitsandbytes restores rows that blocks cross: check_quantizable need not refuse them any more"
     folder = str(save("mixtral", **WIDE | {"intermediate_size": 96}))
-    with pytest.raises(ConfigurationError, match=r"nf4: on a CPU .* 4-bit matrices 96 wide.*int8 or none"):
+    with pytest.raises(ConfigurationError, match=r"nf4: on a CPU .* 4-bit matrices 96 wide and 64 high.*int8 or none"):
         load_model(folder, device="cpu", quantization="nf4")
     assert load_model(folder, device="cpu", quantization="int8").quantization == "int8"
 
@@ -253,15 +255,13 @@ def test_experts_left_in_full_precision_are_noticed(build: Build) -> None:
     with pytest.raises(ExpertSpeculationError, match="still fused"):
         check_quantized(model, "nf4")
     for layer in model.layers:
-        layer.mlp.experts = PerExpertLinears(layer.mlp.experts, ("w1", "w3", "w2"))
+        layer.mlp.experts = PerExpertLinears(layer.mlp.experts, Split(("w1", "w3"), "w2", stored_singly=True))
     with pytest.raises(ExpertSpeculationError, match=r"4\.00 bytes per parameter"):
         check_quantized(model, "nf4")
 
 
-def test_experts_of_another_make_are_refused_before_weights_are_read(save: Save) -> None:
-    folder = save("gpt_oss")
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    with pytest.raises(ConfigurationError, match="GptOssModel can not be split into linear modules"):
-        load_model(str(folder), device="cpu", quantization="nf4")
-    assert describe_model(str(folder))["quantized_bytes"] == {}
+def test_experts_of_another_make_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    tiny_config("dbrx").save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match="DbrxModel can not be split into linear modules"):
+        load_model(str(tmp_path), device="cpu", quantization="nf4")
+    assert describe_model(str(tmp_path))["quantized_bytes"] == {}

@@ -199,6 +199,41 @@ def test_a_router_that_is_not_called_is_noticed(build: Build, batch: Batch) -> N
         tracer.trace(*batch)
 
 
+class PassesByItsRouter(torch.nn.Module):
+    """A block that computes its router's logits itself, and may leave out the experts' hooks too."""
+
+    def __init__(self, block: Any, call_experts: bool) -> None:
+        super().__init__()
+        self.gate, self.experts, self.call_experts = block.gate, block.experts, call_experts
+
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        _, weights, ids = self.gate.forward(hidden_ND)
+        experts = self.experts if self.call_experts else self.experts.forward
+        return experts(hidden_ND, ids, weights).reshape(hidden_BTD.shape)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("layers", [(0, 1, 2), (1,)])
+@pytest.mark.parametrize(
+    ("call_experts", "message"),
+    [
+        (False, r"router 'layers\.\d\.mlp\.gate' was called in 0 of 1 forward passes"),
+        (True, r"the experts beside router 'layers\.\d\.mlp\.gate' were called without it"),
+    ],
+)
+def test_a_block_that_passes_by_its_router_stops_the_run(
+    build: Build, batch: Batch, layers: tuple[int, ...], call_experts: bool, message: str
+) -> None:
+    model: Any = build("mixtral")
+    for layer in layers:
+        model.layers[layer].mlp = PassesByItsRouter(model.layers[layer].mlp, call_experts)
+    with (
+        ResidentTracer(model, find_routers(model)) as tracer,
+        pytest.raises(ExpertSpeculationError, match=message),
+    ):
+        tracer.trace(*batch)
+
+
 def test_hooks_are_gone_after_the_context(build: Build, batch: Batch) -> None:
     model = build("mixtral")
     layout = find_routers(model)
