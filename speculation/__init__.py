@@ -3,7 +3,7 @@
 Uses traces; knows nothing of the traced models. Importing it registers every predictor.
 """
 
-from speculation import counted, interlayer, lookahead
+from speculation import counted, ensemble, foresight, interlayer, lookahead, peers, statistics
 from speculation.evaluation import evaluate, format_table
 from speculation.features import RoutingBatch
 from speculation.predictor import PREDICTORS, Predictor, RoutingShape, create, load_predictor, load_predictors, register
@@ -15,11 +15,15 @@ __all__ = [
     "RoutingShape",
     "counted",
     "create",
+    "ensemble",
     "evaluate",
+    "foresight",
     "format_table",
     "interlayer",
     "load_predictor",
     "load_predictors",
     "lookahead",
+    "peers",
     "register",
+    "statistics",
 ]

@@ -22,7 +22,7 @@ def resampled_means(sums_SM: Floats, tokens_S: Floats, resamples: int, seed: int
     """Micro-averages of `resamples` resamples, (B, M): weighted sums over sequences divided by weighted tokens."""
     parts = [
         (weights_BS @ sums_SM) / (weights_BS @ tokens_S)[:, None]
-        for weights_BS in _weights(len(tokens_S), resamples, np.random.default_rng(seed))
+        for weights_BS in resample_weights(len(tokens_S), resamples, np.random.default_rng(seed))
     ]
     return np.concatenate(parts) if parts else np.empty((0, sums_SM.shape[1]))
 
@@ -35,7 +35,8 @@ def interval(value: float, samples_B: Floats) -> dict[str, float]:
     return {"value": value, "low": float(low), "high": float(high)}
 
 
-def _weights(sequences: int, resamples: int, generator: np.random.Generator) -> Iterator[Floats]:
+def resample_weights(sequences: int, resamples: int, generator: np.random.Generator) -> Iterator[Floats]:
+    """Rows of multinomial weights (R, S), `resamples` of them in chunks of bounded size."""
     rows = max(1, CHUNK_WEIGHTS // max(sequences, 1))
     for start in range(0, resamples, rows):
         count = min(rows, resamples - start)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from speculation.predictor import Predictor
 
@@ -20,6 +22,7 @@ def model_card(predictor: Predictor, folder_name: str) -> str:
         "Traced in quantisation": _code(made["traced_quantization"]),
         "Trained on": f"{made['train_tokens']:,} tokens of {made['train_sequences']:,} sequences",
         "Data sets": ", ".join(_code(name) for name in made["datasets"]),
+        "Learned from": _limits(made),
         "Held out": ", ".join(_code(name) for name in made["hold_out_dataset"]) or "none",
         "Sees": ", ".join(made["columns"]),
         "Plan fingerprint of the traces": f"`{made['plan_fingerprint']}`",
@@ -29,7 +32,8 @@ def model_card(predictor: Predictor, folder_name: str) -> str:
         rows |= {
             "Parameters": f"{made['parameters']:,}",
             "Steps": f"{made['steps']:,} ({made['trained_tokens']:,} tokens)",
-            "Device": made["device"],
+            "Device": f"{made['processes']} x {made['device']}, products in {made['precision']}",
+            "Memory": _memory(made),
             "Recall at K on validation_stop, 1 layer ahead": str(made["validation_recall"]),
         }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -65,6 +69,22 @@ Made with: {", ".join(f"{name} {version}" for name, version in made["library_ver
 
 Settings: `{json.dumps(made.get("settings", {}))}`, options `{json.dumps(predictor.options())}`.
 """
+
+
+def _limits(made: Mapping[str, Any]) -> str:
+    """Which part of the train split was used."""
+    limits = [f"data set {_code(name)} only" for name in made["only_dataset"]]
+    if made["train_tokens_limit"] is not None:
+        limits.append(f"the first {made['train_tokens_limit']:,} tokens of a seeded order only")
+    return ", ".join(limits) or "the whole train split"
+
+
+def _memory(made: Mapping[str, Any]) -> str:
+    """The peaks of training beside the budget."""
+    peaks = [f"{made['peak_host_memory_gb']:.2f} GB on the host"]
+    if "peak_device_memory_gb" in made:
+        peaks.append(f"{made['peak_device_memory_gb']:.2f} GB on the device")
+    return f"{', '.join(peaks)}; at most {made['memory_budget_gb']:g} GB each were allowed"
 
 
 def _code(text: str) -> str:

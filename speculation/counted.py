@@ -6,7 +6,7 @@ recently used experts, `markov` smooths each transition row with the layer's fre
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,6 +19,7 @@ from groundwork import atomic
 from groundwork.errors import ConfigurationError
 from groundwork.progress import Progress, progress
 from speculation.features import RoutingBatch, last_used, multi_hot, packed_batches, previous_token
+from speculation.live import LiveState
 from speculation.predictor import MAX_HORIZON, Predictor, RoutingShape, read_tensors, register
 from traces.reader import TraceDataset
 
@@ -115,6 +116,8 @@ def baselines_from(counts: RoutingCounts, shape: RoutingShape) -> dict[str, Pred
 class CountedPredictor(Predictor):
     """A predictor whose whole state follows from RoutingCounts."""
 
+    scores_are_shares = True
+
     def fit(self, dataset: TraceDataset, *, split: str = "train", hold_out: Collection[str] = ()) -> Self:
         self.check_columns(dataset, "the traces")
         return self.fit_counts(count_routing(dataset, split, hold_out), RoutingShape.of(dataset))
@@ -139,6 +142,9 @@ class Frequency(CountedPredictor):
         self.check_horizon(batch, horizon)
         return self.frequency_LE_.expand(batch.num_tokens, -1, -1)
 
+    def predict_next(self, state: LiveState, horizon: int = 1) -> Tensor:
+        return self.frequency_LE_[state.target(horizon)[1]]
+
     def state(self) -> dict[str, Tensor]:
         return {"frequency_LE": self.frequency_LE_}
 
@@ -162,6 +168,38 @@ class Repeat(CountedPredictor):
             2, batch.expert_ids_TLK, bonus_K.expand(batch.expert_ids_TLK.shape)
         )
         return scores_TLE + previous_token(ordered_TLE, batch.offsets)
+
+    def start(self) -> LiveState:
+        assert self.shape_ is not None
+        return RepeatLive(self.shape_)
+
+    def predict_next(self, state: LiveState, horizon: int = 1) -> Tensor:
+        assert isinstance(state, RepeatLive)
+        token, layer = state.target(horizon)
+        last_E = state.last_LE[layer]
+        scores_E = torch.where(last_E >= 0, 1.0 / (token - last_E), 0.0)
+        if token:
+            scores_E[state.expert_ids[(token - 1) * state.shape.num_layers + layer]] += state.bonus_K
+        return scores_E
+
+
+class RepeatLive(LiveState):
+    """The record of a sequence, and the token that last used each expert of each layer; -1 for none."""
+
+    def __init__(self, shape: RoutingShape) -> None:
+        super().__init__(shape)
+        self.last_LE = torch.full((shape.num_layers, shape.num_experts), -1.0)
+        self.bonus_K = torch.arange(shape.top_k, 0, -1, dtype=torch.float32)
+
+    def observe(
+        self,
+        expert_ids_K: Sequence[int] | Tensor,
+        routing_weights_K: Sequence[float] | Tensor | None = None,
+        lookahead_logits_HE: Tensor | None = None,
+    ) -> None:
+        super().observe(expert_ids_K, routing_weights_K, lookahead_logits_HE)
+        token, layer = divmod(self.num_steps - 1, self.shape.num_layers)
+        self.last_LE[layer, self.expert_ids[-1]] = token
 
 
 @register
@@ -192,6 +230,15 @@ class Markov(CountedPredictor):
         )
         high_LTE = hot_LTE[:-horizon] @ self.below_HLEE_[horizon - 1, horizon:]
         return torch.cat([low_HTE, high_LTE]).transpose(0, 1).contiguous()
+
+    def predict_next(self, state: LiveState, horizon: int = 1) -> Tensor:
+        token, layer = state.target(horizon)
+        if layer >= horizon:
+            return self.below_HLEE_[horizon - 1, layer].index_select(0, state.expert_ids[-1]).mean(dim=0)
+        if token == 0:
+            return self.frequency_LE_[layer]
+        before_K = state.expert_ids[(token - 1) * state.shape.num_layers + layer]
+        return self.previous_PEE_[layer].index_select(0, before_K).mean(dim=0)
 
     def state(self) -> dict[str, Tensor]:
         return {

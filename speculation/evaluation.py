@@ -6,19 +6,22 @@ Headline figures average over all tokens and the layers that have a layer `horiz
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from groundwork.errors import ConfigurationError
 from groundwork.progress import Progress, progress
-from speculation.bootstrap import Floats, interval, resampled_means
+from speculation.bootstrap import Floats
+from speculation.calibration import ReliabilityTally
 from speculation.counted import BASELINES_FILE, Repeat, RoutingCounts, baselines_from, count_routing
 from speculation.features import packed_batches
-from speculation.metrics import budgets, chance_values, layer_sums, metric_names
+from speculation.metrics import layer_sums, metric_names, position_sums, token_values
 from speculation.predictor import MAX_HORIZON, OPTIONAL_COLUMNS, Predictor, RoutingShape
+from speculation.summary import Summary
 from traces.reader import TraceDataset
 
 FORMAT_VERSION = 1
@@ -28,11 +31,14 @@ BASELINES = ("chance", "frequency", "repeat", "markov")
 
 @dataclass
 class _Tally:
-    """Per-sequence sums of one pass: sums[name] grows to (S, L, M)."""
+    """Per-sequence sums of one pass: sums[name] grows to (S, L, M), position_sums[name] to (S, P)."""
 
     tokens: list[int] = field(default_factory=list)
     datasets: list[str] = field(default_factory=list)
     sums: dict[str, list[Floats]] = field(default_factory=dict)
+    position_tokens: list[Floats] = field(default_factory=list)
+    position_sums: dict[str, list[Floats]] = field(default_factory=dict)
+    reliability: dict[str, ReliabilityTally] = field(default_factory=dict)
 
 
 def evaluate(
@@ -41,11 +47,13 @@ def evaluate(
     *,
     split: str = "test",
     horizon: int = 1,
+    only: Collection[str] = (),
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Scores predictors (by the name they shall have in the result) on a split, beside chance and the baselines.
 
+    `only` keeps just the sequences of these data sets; the baselines are fitted as if all were scored.
     Raises ConfigurationError when the split is empty, the horizon leaves no layer, or a predictor does not fit the
     traces.
     """
@@ -62,11 +70,11 @@ def evaluate(
     notes: list[str] = []
     everyone = {**predictors, **_baselines(dataset, predictors, split, notes)}
     names = metric_names(shape, dataset.spec.expert_order == "weight")
-    tally = _tally(dataset, everyone, split, horizon, names)
+    tally = _tally(dataset, everyone, split, horizon, names, only)
     if not tally.tokens:
         raise ConfigurationError(f"--split {split}: holds no sequence of these traces; use --split all or collect more")
 
-    summary = _Summary(shape, horizon, names, dataset.spec.moe_layers, bootstrap, seed)
+    summary = Summary(shape, horizon, names, dataset.spec.moe_layers, bootstrap, seed)
     tokens_S = np.array(tally.tokens, dtype=np.float64)
     sums = {name: np.concatenate(parts) for name, parts in tally.sums.items()}
     results: dict[str, Any] = {}
@@ -78,13 +86,20 @@ def evaluate(
                 each: summary.of_part(sums[name], tokens_S, np.array([source == each for source in tally.datasets]))
                 for each in sorted(set(tally.datasets))
             },
+            "by_position": summary.by_position(
+                np.concatenate(tally.position_sums[name]), np.concatenate(tally.position_tokens)
+            ),
+            "calibration": (
+                tally.reliability[name].result(resamples=bootstrap, seed=seed) if name in tally.reliability else None
+            ),
         }
     results["chance"] = {"sees": [], **summary.of_chance()}
-    results["chance"]["by_dataset"] = summary.chance_by_dataset(tally)
+    results["chance"]["by_dataset"] = summary.chance_by_dataset(tally.datasets, tokens_S)
     return {
         "format_version": FORMAT_VERSION,
         "model": dataset.spec.model_name,
         "split": split,
+        "only_dataset": sorted(only),
         "horizon": horizon,
         "num_layers": shape.num_layers,
         "num_experts": shape.num_experts,
@@ -173,106 +188,37 @@ def _counts_of_folders(
 
 
 def _tally(
-    dataset: TraceDataset, predictors: Mapping[str, Predictor], split: str, horizon: int, names: list[str]
+    dataset: TraceDataset,
+    predictors: Mapping[str, Predictor],
+    split: str,
+    horizon: int,
+    names: list[str],
+    only: Collection[str],
 ) -> _Tally:
     columns = {column for p in predictors.values() for column in p.sees(dataset.available)} & OPTIONAL_COLUMNS
-    tally = _Tally(sums={name: [] for name in predictors})
+    tally = _Tally(sums={name: [] for name in predictors}, position_sums={name: [] for name in predictors})
+    recall = names.index(f"recall@{dataset.spec.top_k}")
+    stream = dataset.sequences(split, sorted(columns), only=only)
     bar: Progress[None] = progress(description=f"evaluating on {split}", unit="tokens")
     with bar:
-        for group, batch in packed_batches(dataset.sequences(split, sorted(columns)), dataset.spec, BATCH_TOKENS):
+        for group, batch in packed_batches(stream, dataset.spec, BATCH_TOKENS):
             tally.tokens += batch.sequence_lengths.tolist()
             tally.datasets += [sequence.dataset for sequence in group]
+            ones_T = torch.ones(batch.num_tokens, dtype=torch.float64)
+            tally.position_tokens.append(position_sums(ones_T, batch).numpy())
             for name, predictor in predictors.items():
-                tally.sums[name].append(layer_sums(predictor.predict_scores(batch, horizon), batch, names).numpy())
+                scores_TLE = predictor.predict_scores(batch, horizon)
+                values_TLM = token_values(scores_TLE, batch, names)
+                tally.sums[name].append(layer_sums(values_TLM, batch).numpy())
+                headline_T = values_TLM[:, horizon:, recall].mean(dim=1)
+                tally.position_sums[name].append(position_sums(headline_T, batch).numpy())
+                probabilities_TLE = predictor.probabilities(scores_TLE, horizon)
+                if probabilities_TLE is not None:
+                    headline = replace(batch, expert_ids_TLK=batch.expert_ids_TLK[:, horizon:])
+                    tally.reliability.setdefault(name, ReliabilityTally()).add(probabilities_TLE[:, horizon:], headline)
             bar.update(batch.num_tokens)
     return tally
 
 
 def _order(predictors: Mapping[str, Predictor], results: Mapping[str, Any]) -> list[str]:
     return [*predictors, *(name for name in BASELINES if name in results and name not in predictors)]
-
-
-@dataclass(frozen=True)
-class _Summary:
-    """Turns per-sequence sums into the figures of the result."""
-
-    shape: RoutingShape
-    horizon: int
-    names: list[str]
-    moe_layers: tuple[int, ...]
-    resamples: int
-    seed: int
-
-    def of(self, sums_SLM: Floats, tokens_S: Floats) -> dict[str, Any]:
-        """Headline, all_layers and by_layer of one predictor."""
-        groups = [sums_SLM[:, self.horizon :].mean(axis=1), sums_SLM.mean(axis=1), *np.moveaxis(sums_SLM, 1, 0)]
-        values = self._intervals(np.stack(groups, axis=1), tokens_S)
-        return self._assemble([self._figures(group) for group in values])
-
-    def of_part(self, sums_SLM: Floats, tokens_S: Floats, chosen_S: np.ndarray) -> dict[str, Any]:
-        """Headline figures over some of the sequences."""
-        headline_SM = sums_SLM[chosen_S, self.horizon :].mean(axis=1)
-        (group,) = self._intervals(headline_SM[:, None, :], tokens_S[chosen_S])
-        return {"sequences": int(chosen_S.sum()), "tokens": int(tokens_S[chosen_S].sum()), **self._figures(group)}
-
-    def of_chance(self) -> dict[str, Any]:
-        """The same for a random ranking, exactly."""
-        return self._assemble([self._chance() for _ in range(2 + self.shape.num_layers)])
-
-    def chance_by_dataset(self, tally: _Tally) -> dict[str, Any]:
-        """Headline figures of a random ranking for each data set."""
-        tokens = dict.fromkeys(sorted(set(tally.datasets)), 0)
-        for name, count in zip(tally.datasets, tally.tokens, strict=True):
-            tokens[name] += count
-        return {
-            name: {"sequences": tally.datasets.count(name), "tokens": tokens[name], **self._chance()} for name in tokens
-        }
-
-    def differences(self, sums: Mapping[str, Floats], tokens_S: Floats, given: list[str]) -> list[dict[str, Any]]:
-        """Paired differences in recall@K of every given predictor to every other predictor and chance."""
-        metric = f"recall@{self.shape.top_k}"
-        column = self.names.index(metric)
-        chance = chance_values(self.shape, [metric])[0]
-        values: dict[str, float] = {}
-        samples: dict[str, Floats] = {}
-        for name, sums_SLM in sums.items():
-            headline_S1 = sums_SLM[:, self.horizon :, column].mean(axis=1)[:, None]
-            values[name] = float(headline_S1.sum() / tokens_S.sum())
-            samples[name] = resampled_means(headline_S1, tokens_S, self.resamples, self.seed)[:, 0]
-        values["chance"], samples["chance"] = chance, np.full(self.resamples, chance)
-        others = [*given, *(name for name in values if name not in given)]
-        return [
-            {"a": a, "b": b, "metric": metric, **interval(values[a] - values[b], samples[a] - samples[b])}
-            for a in given
-            for b in others
-            if a != b
-        ]
-
-    def _intervals(self, sums_SGM: Floats, tokens_S: Floats) -> list[list[dict[str, float]]]:
-        sequences, groups, metrics = sums_SGM.shape
-        flat_SX = sums_SGM.reshape(sequences, groups * metrics)
-        values_X = flat_SX.sum(axis=0) / tokens_S.sum()
-        samples_BX = resampled_means(flat_SX, tokens_S, self.resamples, self.seed)
-        each = [interval(float(value), samples_BX[:, i]) for i, value in enumerate(values_X)]
-        return [each[i * metrics : (i + 1) * metrics] for i in range(groups)]
-
-    def _chance(self) -> dict[str, Any]:
-        empty = np.empty(0)
-        return self._figures([interval(value, empty) for value in chance_values(self.shape, self.names)])
-
-    def _figures(self, each: list[dict[str, float]]) -> dict[str, Any]:
-        by_name = dict(zip(self.names, each, strict=True))
-        top_n = {name.removeprefix("top_"): by_name[name] for name in self.names if name.startswith("top_")}
-        return {
-            "top_n_accuracy": top_n or None,
-            "recall": {str(b): by_name[f"recall@{b}"] for b in budgets(self.shape)},
-            **{name: by_name[name] for name in ("hit_at_1", "exact_set", "any_hit")},
-        }
-
-    def _assemble(self, groups: list[dict[str, Any]]) -> dict[str, Any]:
-        headline, all_layers, *by_layer = groups
-        layers = [
-            {"layer": layer, "model_layer": model_layer, **figures}
-            for layer, (model_layer, figures) in enumerate(zip(self.moe_layers, by_layer, strict=True))
-        ]
-        return {**headline, "all_layers": all_layers, "by_layer": layers}

@@ -22,6 +22,8 @@ SCAN_TOKENS = (
     64  # tokens a decayed scan handles with one matrix product; larger chunks cost more arithmetic, smaller more calls
 )
 
+HASH_FACTOR = 2_654_435_761  # 2**32 over the golden ratio, to the next odd number
+
 
 @dataclass(frozen=True, eq=False)
 class RoutingBatch:
@@ -121,6 +123,20 @@ def previous_token(values_T: Tensor, offsets: Tensor) -> Tensor:
     return shifted
 
 
+def earlier_step(values_TL: Tensor, offsets: Tensor, steps: int) -> Tensor:
+    """The row `steps` steps before in decoding order, zeros where the sequence has none; any shape (T, L, ...).
+
+    Step t * L + l is the choice of token t at layer l, so below layer 0 lie the top layers of the token before.
+    """
+    layers = values_TL.shape[1]
+    flat = values_TL.flatten(0, 1)
+    shifted = torch.zeros_like(flat)
+    shifted[steps:] = flat[: max(len(flat) - steps, 0)]
+    for start in offsets[:-1].tolist():
+        shifted[start * layers : start * layers + steps] = 0
+    return shifted.view(values_TL.shape)
+
+
 def last_used(hot_TLE: Tensor, offsets: Tensor) -> Tensor:
     """How many tokens ago each expert was last chosen at its layer, int32 (T, L, E), at least 1; 0 for never."""
     tokens = hot_TLE.shape[0]
@@ -161,6 +177,11 @@ def decayed_usage(hot_TLE: Tensor, offsets: Tensor, decays: Sequence[float]) -> 
         )
         carry_RX = decay_R[:, None] * state_RCX[:, -1] + chunk_CX[-1]
     return usage
+
+
+def bucketed(ids: Tensor, buckets: int) -> Tensor:
+    """Ids hashed to 0 .. buckets - 1, int64, by Knuth's multiplication (The Art of Computer Programming, 6.4)."""
+    return ((ids * HASH_FACTOR) & 0xFFFFFFFF) % buckets
 
 
 def _floats(arrays: Sequence[np.ndarray | None]) -> Tensor | None:

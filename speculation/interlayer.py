@@ -1,53 +1,75 @@
-"""InterLayer: a transformer over a token's layers, fed with the routing below and with what earlier tokens chose.
+"""InterLayer: experts from the routing of the layers below and of all earlier tokens; one model for horizons 1 to 3.
 
-Position l stands for target layer l. Its input is the expert sets of layers l-h, l-h-1, ... (continued, below layer 0,
-with the top layers of the token before), what the tokens before chose at layer l (the last one's set and usage decayed
-at several rates), and an embedding of layer and horizon; attention is causal over layers. So position l sees what
-horizon h allows and no more, all layers of a token are scored in one pass, and tokens are a plain batch dimension; the
-cost is O(T * L**2).
+The network is in interlayer_network.py; here are its options, and how it is trained and scored. It requires expert ids,
+uses routing weights where traces have them (and is trained with some sequences' weights hidden, so that ids alone
+suffice), and with `tokens` uses token ids too.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from groundwork.errors import ConfigurationError
 from speculation.counted import RoutingCounts
-from speculation.features import RoutingBatch, decayed_usage, multi_hot, previous_token, weighted_hot
+from speculation.features import RoutingBatch
+from speculation.interlayer_live import InterLayerLive
+from speculation.interlayer_network import InterLayerNetwork
+from speculation.live import LiveState
+from speculation.losses import NEED_WEIGHTS, check_loss, routing_loss
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 
-HORIZON_SHARES = (0.6, 0.2, 0.2)  # of training steps; horizon 1 is what most readers ask for
+LONGEST_PIECE = 640  # tokens of a sequence that training sees at once; longer context is used in scoring only
 
 
 @dataclass(frozen=True)
 class InterLayerOptions:
-    """Size and regularisation; the defaults were chosen for minutes on a CPU."""
+    """Size, parts and regularisation; docs/predictors.md has the ablation that each default comes from."""
 
-    hidden_size: int = 64
-    num_blocks: int = 1
-    num_heads: int = 4
-    mlp_size: int = 64  # of each layer's own MLP; per-layer weights cost no more time than shared ones and learn more
-    reach: int = 6  # layers below that a layer sees directly, beside attention
-    dropout: float = 0.05
-    weight_dropout: float = 0.3  # share of training tokens shown without routing weights, so that ids alone suffice
-    decays: tuple[float, ...] = (0.5, 0.8, 0.95, 0.99)
+    hidden_size: int = 128
+    mlp_size: int = 160  # of each layer's own MLP
+    reach: int = 4  # layers below that a layer sees directly
+    decays: tuple[float, ...] = (0.5, 0.8, 0.95, 0.99)  # of the averages over earlier tokens' sets
+    copy_heads: int = 4  # 0: no copy attention
+    copy_key_size: int = 32
+    context_size: int = 128  # width of the transformer over earlier tokens; 0: none
+    context_blocks: int = 2
+    context_heads: int = 4
+    path_size: int = 64  # width of the sum over all layers below; 0: none
+    layer_heads: int = 0  # heads of attention over the layers below; 0: none
+    window: int = 1024  # tokens that attention reaches back
+    weights: bool = True
+    tokens: bool = False
+    token_buckets: int = 8192
+    token_size: int = 64
+    loss: str = "set"
+    order_share: float = 0.1  # of the loss that puts the first choice first, where weights tell it
+    dropout: float = 0.15
+    weight_dropout: float = 0.3  # share of training sequences shown without routing weights
+    token_dropout: float = 0.1  # share of training tokens shown without their id
+    first_horizon_share: float = 0.6  # of training steps are for horizon 1, the others share the rest
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
-            raise ConfigurationError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+        check_loss(self.loss)
+        if self.loss in NEED_WEIGHTS and not self.weights:
+            raise ConfigurationError(f"loss {self.loss} needs routing weights, but option weights is off")
+        for size, heads in (("context_size", "context_heads"), ("hidden_size", "layer_heads")):
+            if getattr(self, heads) and getattr(self, size) % getattr(self, heads):
+                raise ConfigurationError(
+                    f"{size} {getattr(self, size)} is no multiple of {heads} {getattr(self, heads)}"
+                )
+        for name in ("hidden_size", "mlp_size", "reach", "window", "context_heads", "token_buckets", "token_size"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} {getattr(self, name)}: must be at least 1")
 
 
 @register
 class InterLayer(NeuralPredictor):
-    """The transformer above as a predictor; one model serves horizons 1 to 3."""
+    """The network above as a predictor."""
 
     name = "interlayer"
     uses = frozenset({"weights"})
@@ -57,151 +79,59 @@ class InterLayer(NeuralPredictor):
         if "decays" in options:
             options["decays"] = tuple(options["decays"])
         self.settings = InterLayerOptions(**options)
+        self.longest_piece = min(LONGEST_PIECE, self.settings.window)
+        self.uses = frozenset(column for column in ("weights", "tokens") if getattr(self.settings, column))
 
     def options(self) -> dict[str, Any]:
         return asdict(self.settings)
 
     def build(self, shape: RoutingShape, generator: torch.Generator, counts: RoutingCounts | None = None) -> nn.Module:
-        frequency_LE = None if counts is None else counts.frequency_LE()
-        return InterLayerModule(shape, self.settings, generator, frequency_LE)
-
-    def features(self, batch: RoutingBatch) -> tuple[Tensor, ...]:
-        """Sets, weight shares, both of the token before (T, L, E), decayed usage (T, L, R, E), weights known (T,)."""
-        hot_TLE = multi_hot(batch.expert_ids_TLK, batch.num_experts)
-        if batch.routing_weights_TLK is None or "weights" not in self.uses:
-            share_TLE, known_T = torch.zeros_like(hot_TLE), hot_TLE.new_zeros(batch.num_tokens)
+        if counts is None:
+            frequency_LE = torch.full((shape.num_layers, shape.num_experts), 1 / shape.num_experts)
         else:
-            share_TLE = weighted_hot(batch.expert_ids_TLK, batch.routing_weights_TLK, batch.num_experts)
-            known_T = hot_TLE.new_ones(batch.num_tokens)
-        usage_TLRE = decayed_usage(hot_TLE, batch.offsets, self.settings.decays)
-        return (
-            hot_TLE,
-            share_TLE,
-            previous_token(hot_TLE, batch.offsets),
-            previous_token(share_TLE, batch.offsets),
-            usage_TLRE,
-            known_T,
-        )
+            frequency_LE = counts.frequency_LE()
+        return InterLayerNetwork(shape, self.settings, self.uses, generator, frequency_LE)
 
-    def logits(self, features: tuple[Tensor, ...], horizon: int, generator: torch.Generator | None) -> Tensor:
-        module = self.module_
-        assert isinstance(module, InterLayerModule)
-        return module(features, horizon, generator)  # type: ignore[no-any-return]
+    def logits(self, batch: RoutingBatch, horizon: int, generator: torch.Generator | None) -> Tensor:
+        return self.network(batch, horizon, generator)  # type: ignore[no-any-return]
 
-    def loss(self, logits_TLE: Tensor, expert_ids_TLK: Tensor) -> Tensor:
-        """Cross-entropy of a softmax over experts against the chosen set, 1/K each."""
-        return -F.log_softmax(logits_TLE.float(), dim=-1).gather(2, expert_ids_TLK).mean()
+    def loss(self, logits_TLE: Tensor, batch: RoutingBatch) -> Tensor:
+        return routing_loss(self.settings.loss, logits_TLE, batch, self.settings.order_share)
 
     def sample_horizon(self, generator: torch.Generator) -> int:
         assert self.shape_ is not None
-        shares = torch.tensor(HORIZON_SHARES[: min(MAX_HORIZON, self.shape_.num_layers)])
-        return int(torch.multinomial(shares, 1, generator=generator)) + 1
+        others = min(MAX_HORIZON, self.shape_.num_layers) - 1
+        first = self.settings.first_horizon_share
+        if others == 0 or float(torch.rand((), generator=generator)) < first:
+            return 1
+        return 2 + int(torch.randint(others, (), generator=generator))
 
-    def training_bytes_per_token(self, shape: RoutingShape) -> tuple[int, int]:
-        rows = 4 + len(self.settings.decays)
-        features = 4 * shape.num_layers * shape.num_experts * (rows + 2)
-        options = self.settings
-        kept_per_block = 20 * options.hidden_size + 2 * options.mlp_size + 2 * options.num_heads * shape.num_layers
-        inputs = 2 * (options.reach + 1 + rows) * shape.num_experts
-        working = 4 * shape.num_layers * (options.num_blocks * kept_per_block + inputs + 3 * shape.num_experts)
-        return features, working
+    def muon_parameters(self, module: nn.Module) -> list[str]:
+        assert isinstance(module, InterLayerNetwork)
+        return module.matrices()
 
+    def training_bytes_per_token(self, shape: RoutingShape) -> int:
+        """About twice what the backward pass is found to need kept in float32; the rest is room for its temporaries."""
+        settings, experts = self.settings, shape.num_experts
+        rates, heads = len(settings.decays), settings.copy_heads
+        attended = 2 * heads * min(settings.window, LONGEST_PIECE)  # shares of attention, before and after softmax
+        inputs = (2 * settings.reach + 4 * rates + 12 + 4 * heads) * experts
+        inner = 24 * settings.hidden_size + 4 * settings.mlp_size + 6 * heads * settings.copy_key_size
+        context = settings.context_blocks * (24 * settings.context_size + 2 * settings.context_heads * LONGEST_PIECE)
+        layer_attention = settings.layer_heads * (shape.num_layers + 8 * settings.hidden_size)
+        return 4 * (shape.num_layers * (attended + inputs + inner + layer_attention) + context)
 
-class InterLayerModule(nn.Module):
-    """The network: per-layer tables in and out, blocks of attention over layers and per-layer MLPs between."""
+    @property
+    def network(self) -> InterLayerNetwork:
+        """The fitted network; raises ValueError where there is none."""
+        if not isinstance(self.module_, InterLayerNetwork):
+            raise ValueError(f"{self.name} has not been fitted")
+        return self.module_
 
-    def __init__(
-        self, shape: RoutingShape, settings: InterLayerOptions, generator: torch.Generator, frequency_LE: Tensor | None
-    ) -> None:
-        super().__init__()
-        layers, experts, hidden = shape.num_layers, shape.num_experts, settings.hidden_size
-        rates = len(settings.decays)
-        self.dropout, self.weight_dropout = settings.dropout, settings.weight_dropout
-        self.reach = max(min(settings.reach, layers), min(MAX_HORIZON, layers))
-        scale = 0.5 / math.sqrt(shape.top_k)
-        self.below_LXD = _table(generator, layers, (self.reach + 1) * experts, hidden, scale=scale)
-        self.before_LXD = _table(generator, layers, (2 + rates) * experts, hidden, scale=scale)
-        self.place_HLD = _table(generator, min(MAX_HORIZON, layers), layers, hidden, scale=0.1)
-        self.blocks = nn.ModuleList(_Block(layers, settings, generator) for _ in range(settings.num_blocks))
-        self.norm = nn.RMSNorm(hidden)
-        self.head_LDE = _table(generator, layers, hidden, experts, scale=0.02)
-        # Each expert's own recent use speaks for it directly; hidden_size may be below E.
-        self.recent_LR1 = nn.Parameter(torch.zeros(layers, rates + 1, 1))
-        start_LE = torch.zeros(layers, experts) if frequency_LE is None else frequency_LE.clamp_min(1e-4).log()
-        self.bias_LE = nn.Parameter(start_LE.clone())
+    def start(self) -> LiveState:
+        assert self.shape_ is not None
+        return InterLayerLive(self.shape_, self.network.eval())
 
-    def forward(self, features: Sequence[Tensor], horizon: int, generator: torch.Generator | None) -> Tensor:
-        """Logits (T, L, E)."""
-        hot_TLE, share_TLE, before_TLE, before_share_TLE, usage_TLRE, known_T = features
-        layers = hot_TLE.shape[1]
-        shown_T = known_T
-        if generator is not None:
-            shown_T = known_T * _keep(known_T.shape, self.weight_dropout, generator, known_T)
-        shown_T11 = shown_T[:, None, None]
-        share_TLE, before_share_TLE = share_TLE * shown_T11, before_share_TLE * shown_T11
-        # Decoding order backwards from layer l: this token's layers below it, then the top layers of the token before.
-        path_TPE = torch.cat([before_TLE[:, -self.reach :], hot_TLE], dim=1)
-        below = [
-            path_TPE[:, self.reach - back : self.reach - back + layers]
-            if back >= horizon
-            else torch.zeros_like(hot_TLE)
-            for back in range(1, self.reach + 1)
-        ]
-        below.append(torch.cat([before_share_TLE[:, -horizon:], share_TLE[:, :-horizon]], dim=1))
-        below_TLD = torch.einsum("tlx,lxd->tld", torch.cat(below, dim=2), self.below_LXD)
-        earlier_TLX = torch.cat([before_TLE, before_share_TLE, usage_TLRE.flatten(2)], dim=2)
-        before_TLD = torch.einsum("tlx,lxd->tld", earlier_TLX, self.before_LXD)
-        hidden_TLD = F.gelu(below_TLD + before_TLD + self.place_HLD[horizon - 1], approximate="tanh")
-        for block in self.blocks:
-            hidden_TLD = block(hidden_TLD, generator)
-        logits_TLE = torch.einsum("tld,lde->tle", self.norm(hidden_TLD), self.head_LDE) + self.bias_LE
-        recent_TLRE = torch.cat([before_TLE.unsqueeze(2), usage_TLRE], dim=2)
-        return logits_TLE + (recent_TLRE * self.recent_LR1).sum(dim=2)
-
-
-class _Block(nn.Module):
-    """Pre-norm attention over the layers below, then each layer's own GELU MLP."""
-
-    def __init__(self, layers: int, settings: InterLayerOptions, generator: torch.Generator) -> None:
-        super().__init__()
-        hidden, inner = settings.hidden_size, settings.mlp_size
-        self.heads, self.dropout = settings.num_heads, settings.dropout
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(hidden), nn.RMSNorm(hidden)
-        self.qkv = _linear(hidden, 3 * hidden, generator)
-        self.out = _linear(hidden, hidden, generator, scale=0.5)
-        self.up_LDM = _table(generator, layers, hidden, inner, scale=1 / math.sqrt(hidden))
-        self.down_LMD = _table(generator, layers, inner, hidden, scale=0.5 / math.sqrt(inner))
-
-    def forward(self, hidden_TLD: Tensor, generator: torch.Generator | None) -> Tensor:
-        tokens, layers, hidden = hidden_TLD.shape
-        qkv = self.qkv(self.attention_norm(hidden_TLD)).view(tokens, layers, 3, self.heads, hidden // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (T, heads, L, D / heads)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        mixed_TLD = self.out(mixed.transpose(1, 2).reshape(tokens, layers, hidden))
-        hidden_TLD = hidden_TLD + _drop(mixed_TLD, self.dropout, generator)
-        inner_TLM = F.gelu(torch.einsum("tld,ldm->tlm", self.mlp_norm(hidden_TLD), self.up_LDM), approximate="tanh")
-        mlp_TLD = torch.einsum("tlm,lmd->tld", inner_TLM, self.down_LMD)
-        return hidden_TLD + _drop(mlp_TLD, self.dropout, generator)
-
-
-def _table(generator: torch.Generator, *size: int, scale: float) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*size, generator=generator) * scale)
-
-
-def _linear(inputs: int, outputs: int, generator: torch.Generator, scale: float = 1.0) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs)
-    with torch.no_grad():
-        linear.weight.copy_(torch.randn(outputs, inputs, generator=generator) * (scale / math.sqrt(inputs)))
-        linear.bias.zero_()
-    return linear
-
-
-def _drop(values: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
-    if generator is None or share == 0:
-        return values
-    return values * _keep(values.shape, share, generator, values) / (1 - share)
-
-
-def _keep(shape: Sequence[int], share: float, generator: torch.Generator, like: Tensor) -> Tensor:
-    """1.0 where kept, 0.0 where dropped, drawn from the step's own generator so that a resumed run draws the same."""
-    return (torch.rand(shape, generator=generator, device=like.device) >= share).to(like)
+    def predict_next(self, state: LiveState, horizon: int = 1) -> Tensor:
+        assert isinstance(state, InterLayerLive)
+        return state.scores(horizon)

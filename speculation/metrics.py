@@ -1,4 +1,4 @@
-"""How good scores are: hits of the b best experts against the router's set, summed per sequence and layer.
+"""How good scores are: hits of the b best experts against the router's set, token by token, and summed.
 
 With S the chosen set and top_b the b best scores: `top_n` asks whether the router's first choice is in top_n,
 `recall@b` is |S n top_b| / K, `hit_at_1` whether top_1 is in S, `exact_set` whether top_K = S, `any_hit` whether S and
@@ -16,6 +16,7 @@ from speculation.features import RoutingBatch, multi_hot
 from speculation.predictor import RoutingShape
 
 TOP_N = (1, 3, 5, 10)
+POSITIONS = (0, 1, 4, 16, 64, 256, 1024)  # first token of each range of positions within a sequence
 
 
 def budgets(shape: RoutingShape) -> list[int]:
@@ -36,8 +37,8 @@ def ranked_experts(scores_TLE: Tensor) -> Tensor:
     return scores_TLE.sort(dim=2, descending=True, stable=True).indices
 
 
-def layer_sums(scores_TLE: Tensor, batch: RoutingBatch, names: list[str]) -> Tensor:
-    """Sums over each sequence's tokens, float64 (S, L, M), a column for each of `names`; divide by tokens for means."""
+def token_values(scores_TLE: Tensor, batch: RoutingBatch, names: list[str]) -> Tensor:
+    """What each token's scores are worth, float64 (T, L, M), a column for each of `names`."""
     ranked_TLE = ranked_experts(scores_TLE)
     top_k = batch.expert_ids_TLK.shape[2]
     found_TLE = multi_hot(batch.expert_ids_TLK, batch.num_experts).gather(2, ranked_TLE).cumsum(dim=2)
@@ -57,9 +58,22 @@ def layer_sums(scores_TLE: Tensor, batch: RoutingBatch, names: list[str]) -> Ten
         else:
             raise ValueError(f"unknown metric {name}")
         columns.append(column_TL.double())
-    values_TLM = torch.stack(columns, dim=2)
+    return torch.stack(columns, dim=2)
+
+
+def layer_sums(values_TLM: Tensor, batch: RoutingBatch) -> Tensor:
+    """Sums of token values over each sequence, (S, L, M); divide by tokens for means."""
     sums_SLM = torch.zeros(len(batch.offsets) - 1, *values_TLM.shape[1:], dtype=torch.float64)
     return sums_SLM.index_add_(0, batch.sequence_of_token_T, values_TLM)
+
+
+def position_sums(values_T: Tensor, batch: RoutingBatch) -> Tensor:
+    """Sums of one value a token over each sequence's tokens in each range of POSITIONS, (S, P)."""
+    position_T = torch.arange(batch.num_tokens) - batch.offsets[batch.sequence_of_token_T]
+    range_T = torch.bucketize(position_T, torch.tensor(POSITIONS), right=True) - 1
+    sums_X = torch.zeros((len(batch.offsets) - 1) * len(POSITIONS), dtype=torch.float64)
+    sums_X.index_add_(0, batch.sequence_of_token_T * len(POSITIONS) + range_T, values_T)
+    return sums_X.view(-1, len(POSITIONS))
 
 
 def chance_values(shape: RoutingShape, names: list[str]) -> list[float]:

@@ -1,13 +1,13 @@
-"""What neural predictors share: features once per packed batch, scores and losses over slices of its tokens.
+"""What neural predictors share: a torch module that scores packed sequences, and how it is scored within memory.
 
-Work on a slice depends on the slice alone, so memory is bounded by slice length whatever the batch, and gradients add
-up to the batch's to rounding.
+Training is speculation.loop's; this file is the contract between the two.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -22,7 +22,13 @@ SCORE_TOKENS = 2048  # tokens scored at once; fixed, so that scores do not depen
 
 
 class NeuralPredictor(Predictor):
-    """A predictor whose fitted state is a torch module; built by `build`, trained by speculation.loop."""
+    """A predictor whose fitted state is a torch module; built by `build`, trained by speculation.loop.
+
+    `longest_piece`: in training, a longer sequence is cut into equal pieces of at most so many tokens, each of which
+    starts afresh; None cuts nothing.
+    """
+
+    longest_piece: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,24 +40,27 @@ class NeuralPredictor(Predictor):
         """A new module for this shape with seeded weights, started from counts where they are given."""
 
     @abstractmethod
-    def features(self, batch: RoutingBatch) -> tuple[Tensor, ...]:
-        """What the module reads, one row per token in each tensor, on the batch's device."""
+    def logits(self, batch: RoutingBatch, horizon: int, generator: torch.Generator | None) -> Tensor:
+        """Scores (T, L, E) of whole sequences on the module's device; a generator there turns training noise on.
+
+        Training may call it under autocast.
+        """
 
     @abstractmethod
-    def logits(self, features: tuple[Tensor, ...], horizon: int, generator: torch.Generator | None) -> Tensor:
-        """Scores (T, L, E) of a slice of features; a generator turns training noise on."""
+    def loss(self, logits_TLE: Tensor, batch: RoutingBatch) -> Tensor:
+        """The mean loss over tokens and layers, from float32 logits."""
 
     @abstractmethod
-    def loss(self, logits_TLE: Tensor, expert_ids_TLK: Tensor) -> Tensor:
-        """The mean loss over tokens and layers."""
-
-    @abstractmethod
-    def training_bytes_per_token(self, shape: RoutingShape) -> tuple[int, int]:
-        """Estimated bytes a token takes in training: in the features of a batch, and in the slice being worked on."""
+    def training_bytes_per_token(self, shape: RoutingShape) -> int:
+        """Estimated bytes that a token takes in training: its features, and what is kept for the backward pass."""
 
     def sample_horizon(self, generator: torch.Generator) -> int:
         """The horizon of one training step; 1 unless the predictor serves several."""
         return 1
+
+    def muon_parameters(self, module: nn.Module) -> list[str]:
+        """Names of the matrices, or batches of matrices, that Muon trains; AdamW trains the rest."""
+        return []
 
     def to(self, device: torch.device | str) -> Self:
         """Moves the module; scores are returned on the CPU all the same."""
@@ -65,8 +74,10 @@ class NeuralPredictor(Predictor):
     ) -> Self:
         """Trains in memory-bounded steps without leaving files; `limits` are fields of loop.LoopSettings."""
         from speculation.loop import LoopSettings, fit_module
+        from speculation.training_view import TrainingView
 
-        fit_module(self, dataset, LoopSettings(**limits), split=split, hold_out=hold_out)
+        self.check_columns(dataset, "the traces")
+        fit_module(self, TrainingView(dataset, hold_out=hold_out), LoopSettings(**limits), split=split)
         return self
 
     @torch.inference_mode()
@@ -75,19 +86,13 @@ class NeuralPredictor(Predictor):
             raise ValueError(f"{self.name} has not been fitted")
         self.check_horizon(batch, horizon)
         self.module_.eval()
-        features = self.features(batch.to(self.device))
-        parts = [
-            self.logits(tuple(feature[start : start + SCORE_TOKENS] for feature in features), horizon, None)
-            .float()
-            .cpu()
-            for start in range(0, batch.num_tokens, SCORE_TOKENS)
-        ]
-        return torch.cat(parts)
+        groups = sequence_groups(batch, SCORE_TOKENS)
+        return torch.cat([self.logits(group.to(self.device), horizon, None).float().cpu() for group in groups])
 
     def state(self) -> dict[str, Tensor]:
         if self.module_ is None:
             raise ValueError(f"{self.name} has not been fitted")
-        return dict(self.module_.state_dict())
+        return saved_precision(self.module_.state_dict())
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         if self.shape_ is None:
@@ -95,3 +100,30 @@ class NeuralPredictor(Predictor):
         self.module_ = self.build(self.shape_, torch.Generator().manual_seed(0))
         self.module_.load_state_dict(state)
         self.module_.to(self.device).eval()
+
+
+def saved_precision(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as predictors are saved: matrices as float16. Training rounds its result so, and saving loses nothing."""
+    return {
+        name: tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def sequence_groups(batch: RoutingBatch, max_tokens: int) -> Iterator[RoutingBatch]:
+    """Cuts a batch between sequences into batches of at most `max_tokens` tokens; a longer sequence stands alone."""
+    offsets = batch.offsets.tolist()
+    first = 0
+    for last in range(1, len(offsets)):
+        if last + 1 == len(offsets) or offsets[last + 1] - offsets[first] > max_tokens:
+            yield _sequences(batch, first, last)
+            first = last
+
+
+def _sequences(batch: RoutingBatch, first: int, last: int) -> RoutingBatch:
+    if (first, last) == (0, len(batch.offsets) - 1):
+        return batch
+    offsets = batch.offsets[first : last + 1]
+    rows = slice(int(offsets[0]), int(offsets[-1]))
+    kept: dict[str, Any] = {name: value[rows] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return replace(batch, **{**kept, "offsets": offsets - offsets[0]})

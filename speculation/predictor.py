@@ -19,7 +19,9 @@ from torch import Tensor
 
 from groundwork import atomic
 from groundwork.errors import ConfigurationError
+from speculation.calibration import PlattScaling
 from speculation.features import RoutingBatch
+from speculation.live import LiveState
 from traces.reader import TraceDataset
 
 MAX_HORIZON = 3
@@ -28,6 +30,7 @@ COLUMNS = ("ids", "weights", "logits", "lookahead", "tokens")
 OPTIONAL_COLUMNS = frozenset({"weights", "logits", "lookahead", "tokens"})
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
+CALIBRATION = "calibration_"  # and the horizon: names of tensors beside those of `state`
 
 PREDICTORS: dict[str, type[Predictor]] = {}
 P = TypeVar("P", bound="type[Predictor]")
@@ -57,11 +60,13 @@ class Predictor(ABC):
     """
 
     name: ClassVar[str]
-    requires: ClassVar[frozenset[str]] = frozenset({"ids"})
+    requires: frozenset[str] = frozenset({"ids"})
     uses: frozenset[str] = frozenset()
+    scores_are_shares: ClassVar[bool] = False  # not below 0, and twice the score means twice as likely; else logits
 
     def __init__(self) -> None:
         self.shape_: RoutingShape | None = None
+        self.calibration_: dict[int, PlattScaling] = {}  # by horizon
         self.provenance_: dict[str, Any] = {}
         self.folder_: Path | None = None
 
@@ -73,6 +78,30 @@ class Predictor(ABC):
     def predict_scores(self, batch: RoutingBatch, horizon: int = 1) -> Tensor:
         """Scores float32 (T, L, E) on the CPU, higher is likelier; layers below `horizon` see earlier tokens only."""
 
+    def start(self) -> LiveState:
+        """A sequence about to be decoded, for `predict_next`."""
+        if self.shape_ is None:
+            raise ValueError(f"{self.name} has not been fitted")
+        return LiveState(self.shape_)
+
+    def predict_next(self, state: LiveState, horizon: int = 1) -> Tensor:
+        """Scores float32 (E,) for the step `horizon` after the last observed one; it may be one of the next token.
+
+        Equal to the row of `predict_scores` for that step, up to rounding. This implementation asks for just that row,
+        so its cost grows with the sequence; predictors for live use have their own.
+        """
+        token, layer = state.target(horizon)
+        return self.predict_scores(state.as_batch(token + 1), horizon)[token, layer]
+
+    def probabilities(self, scores_TLE: Tensor, horizon: int = 1) -> Tensor | None:
+        """P(in the set) of such scores, float32 (T, L, E), ranked as they are; None where it is not calibrated."""
+        scaling = self.calibration_.get(horizon)
+        return None if scaling is None else scaling.probabilities(self.as_logits(scores_TLE))
+
+    def as_logits(self, scores_TLE: Tensor) -> Tensor:
+        """Scores on a scale of which a softmax makes sense, ranked as they are."""
+        return scores_TLE.clamp_min(1e-6).log() if self.scores_are_shares else scores_TLE
+
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON holds them."""
         return {}
@@ -82,7 +111,7 @@ class Predictor(ABC):
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 - a predictor that learns nothing has no state
-        """Takes back what `state` gave; `shape_` is set before."""
+        """Takes back what `state` gave; `shape_` and `uses` are set before."""
 
     def sees(self, available: Collection[str]) -> list[str]:
         """The columns it would read of those available, in the order of COLUMNS."""
@@ -120,6 +149,7 @@ class Predictor(ABC):
         path.mkdir(parents=True, exist_ok=True)
         self.provenance_ = dict(provenance) if provenance is not None else self.provenance_
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state().items()}
+        tensors |= {f"{CALIBRATION}{horizon}": scaling.curves_L2 for horizon, scaling in self.calibration_.items()}
         atomic.write_bytes(path / MODEL_FILE, safetensors.torch.save(tensors))
         config = {
             "format_version": FORMAT_VERSION,
@@ -180,8 +210,13 @@ def load_predictor(folder: Path | str) -> Predictor:
     try:
         predictor = create(config["predictor"], **config["options"])
         predictor.shape_ = RoutingShape(*(int(config[key]) for key in ("num_layers", "num_experts", "top_k")))
-        predictor.load_state(read_tensors(path / MODEL_FILE))
         predictor.uses = frozenset(config["uses"])
+        tensors = read_tensors(path / MODEL_FILE)
+        curves = {name: tensors.pop(name) for name in sorted(tensors) if name.startswith(CALIBRATION)}
+        predictor.load_state(tensors)
+        predictor.calibration_ = {
+            int(name.removeprefix(CALIBRATION)): PlattScaling(each) for name, each in curves.items()
+        }
         predictor.provenance_ = config["provenance"]
     except ConfigurationError as error:
         raise ConfigurationError(f"{path}: {error}") from error

@@ -1,15 +1,14 @@
 """`train`: from a trace folder to a predictor folder, which is complete when its config is there.
 
-The folder is flat: config.json, model.safetensors, the counts of the baselines, a model card and the training log;
-beside them a checkpoint while training has not ended.
+The folder is flat: config.json, model.safetensors, the counts of the baselines, a model card and the training record;
+beside them a checkpoint while training has not ended. Under torchrun the first process alone writes.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,133 +17,185 @@ import torch
 
 from groundwork import atomic
 from groundwork.errors import ConfigurationError
-from groundwork.hardware import choose_device, describe_device, peak_memory_bytes
+from groundwork.hardware import describe_device
 from groundwork.progress import log
 from groundwork.provenance import library_versions
+from speculation.calibrate import calibrate
 from speculation.card import CARD_FILE, model_card
-from speculation.counted import BASELINES_FILE, CountedPredictor, count_routing
+from speculation.counted import BASELINES_FILE, CountedPredictor, RoutingCounts, count_routing
+from speculation.distributed import Group
 from speculation.loop import LoopSettings, fit_module
+from speculation.memory import peaks_gb
 from speculation.neural import NeuralPredictor
+from speculation.precision import uses_bfloat16
 from speculation.predictor import CONFIG_FILE, MODEL_FILE, Predictor, RoutingShape, create
+from speculation.predictor_options import check_options
+from speculation.tracking import RECORD_FILE, TENSORBOARD_FOLDER, TrainingRecord, check_tracker
+from speculation.training_view import TrainingView
 from traces.reader import TraceDataset
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-LOG_FILE = "training_log.jsonl"
-OWN_FILES = frozenset({CHECKPOINT_FILE, LOG_FILE, BASELINES_FILE, CARD_FILE, CONFIG_FILE, MODEL_FILE})
+UNFINISHED_FILES = frozenset({CHECKPOINT_FILE, RECORD_FILE, TENSORBOARD_FOLDER, BASELINES_FILE, CARD_FILE, MODEL_FILE})
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """One training run; None leaves the choice to the predictor's own defaults. `options` size the predictor."""
+    """One training run; None leaves the choice to the training loop. `options` size the predictor.
+
+    `tokens` has a predictor with that option use token ids; `member` are the predictor folders of an ensemble.
+    """
 
     shard_dir: Path
     predictor: str = "interlayer"
     output_dir: Path | None = None
     batch_size: int | None = None
+    batch_tokens: int | None = None
     gradient_accumulation_steps: int = 1
     device: str = "auto"
+    precision: str = "auto"
     memory_budget_gb: float = 24.0
     epochs: int | None = None
     max_minutes: float | None = None
     max_steps: int | None = None
+    learning_rate: float | None = None
+    ema: float | None = None
     seed: int = 0
     resume: bool = False
     hold_out_dataset: tuple[str, ...] = ()
+    only_dataset: tuple[str, ...] = ()
+    train_tokens: int | None = None
+    track: str | None = None
     checkpoint_seconds: float = 60.0
+    tokens: bool = False
+    member: tuple[Path, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def loop(self) -> LoopSettings:
         """What the training loop needs of it; raises ConfigurationError on values out of range."""
-        names = ("gradient_accumulation_steps", "epochs", "max_minutes", "max_steps", "memory_budget_gb", "seed")
-        values = {name: getattr(self, name) for name in (*names, "checkpoint_seconds")}
-        return LoopSettings(**values, **({} if self.batch_size is None else {"batch_size": self.batch_size}))
+        names = {each.name for each in fields(LoopSettings)} & {each.name for each in fields(self)}
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return LoopSettings(**{name: value for name, value in values.items() if value is not None})
+
+    def create(self) -> Predictor:
+        """The predictor, unfitted; raises ConfigurationError on an unknown name or option."""
+        options = {**self.options, **({"tokens": True} if self.tokens else {})}
+        if self.member:
+            options["members"] = [str(folder) for folder in self.member]
+        check_options(self.predictor, options)
+        return create(self.predictor, **options)
 
 
 def train(settings: TrainSettings) -> Path:
     """Fits a predictor on the train split and writes its folder, `models/<run>-<predictor>` unless told otherwise.
 
-    Raises ConfigurationError for an unknown predictor or data set, a missing required column, an empty train split, an
-    output folder that holds something else or a finished predictor, and a checkpoint of other settings.
+    Raises ConfigurationError for an unknown predictor, option, tracker or data set, a missing required column, an empty
+    train split, an output folder that holds something else or a finished predictor, and a checkpoint of other settings.
     """
+    group = Group.of_environment()
+    with group.one_voice():
+        return _train(settings, group)
+
+
+def _train(settings: TrainSettings, group: Group) -> Path:
     loop = settings.loop()
-    predictor = create(settings.predictor, **settings.options)
-    dataset = TraceDataset(settings.shard_dir)
-    predictor.check_columns(dataset, str(settings.shard_dir))
-    windows = dataset.order("train", hold_out=settings.hold_out_dataset)
-    if not windows:
+    predictor = settings.create()
+    check_tracker(settings.track)
+    whole = TraceDataset(settings.shard_dir)
+    predictor.check_columns(whole, str(settings.shard_dir))
+    dataset = TrainingView(
+        whole,
+        hold_out=settings.hold_out_dataset,
+        only=settings.only_dataset,
+        train_tokens=settings.train_tokens,
+        seed=settings.seed,
+    )
+    if not dataset.order("train"):
         raise ConfigurationError(
             f"{settings.shard_dir}: none of its {dataset.num_sequences} sequences is in the train split; collect more"
         )
-    device = choose_device(settings.device)
+    device = group.device(settings.device)
+    uses_bfloat16(device, settings.precision)
     folder = settings.output_dir or Path("models") / f"{_run_name(settings.shard_dir)}-{predictor.name}"
-    if _claim(folder, settings.resume):
+    if settings.resume and (folder / CONFIG_FILE).exists():
         log(f"{folder}: training has finished before; nothing to do")
         return folder
+    if not group.leads and not isinstance(predictor, NeuralPredictor):
+        return folder
+    if group.leads:
+        _claim(folder, settings.resume)
 
     started = time.monotonic()
-    shape = RoutingShape.of(dataset)
-    counts = count_routing(dataset, "train", settings.hold_out_dataset)
-    counts.save(folder / BASELINES_FILE)
-    training, index = np.concatenate(windows), dataset.index
-    provenance: dict[str, Any] = {
+    counts = count_routing(dataset, "train")
+    if group.leads:
+        counts.save(folder / BASELINES_FILE)
+    provenance = _provenance(dataset)
+    if isinstance(predictor, NeuralPredictor):
+        provenance |= _fit_neural(predictor.to(device), dataset, settings, loop, folder, counts, group)
+    elif isinstance(predictor, CountedPredictor):
+        predictor.fit_counts(counts, RoutingShape.of(dataset))
+    else:
+        predictor.fit(dataset)
+    if not group.leads:
+        return folder
+    calibrate(predictor, dataset)
+    provenance["columns"] = predictor.sees(dataset.available)
+    provenance["seconds"] = round(provenance.get("seconds", time.monotonic() - started), 1)
+    peaks = peaks_gb(device)
+    named = {"peak_host_memory_gb": "host", "peak_device_memory_gb": "device"}
+    shown = ", ".join(f"{value:.2f} GB on the {named[name]}" for name, value in peaks.items())
+    log(f"trained {predictor.name} in {provenance['seconds']:.0f} s, peak memory {shown}")
+    _finish(predictor, folder, {**provenance, **peaks, "memory_budget_gb": settings.memory_budget_gb})
+    return folder
+
+
+def _provenance(dataset: TrainingView) -> dict[str, Any]:
+    """From what a predictor is made: the traced model, and the sequences that may be learned from."""
+    training, index = np.concatenate(dataset.order("train")), dataset.index
+    return {
         "traced_model": dataset.spec.model_name,
         "traced_quantization": dataset.spec.quantization,
         "plan_fingerprint": dataset.spec.plan_fingerprint,
         "train_sequences": len(training),
         "train_tokens": int(index.num_tokens_S[training].sum()),
         "datasets": sorted(index.datasets[code] for code in np.unique(index.dataset_S[training])),
-        "hold_out_dataset": sorted(settings.hold_out_dataset),
-        "columns": predictor.sees(dataset.available),
+        "hold_out_dataset": dataset.limits["hold_out_dataset"],
+        "only_dataset": dataset.limits["only_dataset"],
+        "train_tokens_limit": dataset.limits["train_tokens"],
         "library_versions": library_versions(),
     }
-    if isinstance(predictor, NeuralPredictor):
-        provenance |= _fit_neural(predictor.to(device), dataset, settings, loop, folder, counts)
-    elif isinstance(predictor, CountedPredictor):
-        predictor.fit_counts(counts, shape)
-    else:
-        predictor.fit(dataset, hold_out=settings.hold_out_dataset)
-    provenance["seconds"] = round(provenance.get("seconds", time.monotonic() - started), 1)
-    provenance["peak_memory_gb"] = round(peak_memory_bytes(device) / 1e9, 2)
-    log(f"trained {predictor.name} in {provenance['seconds']:.0f} s, peak memory {provenance['peak_memory_gb']:.2f} GB")
-    _finish(predictor, folder, provenance)
-    return folder
 
 
 def _fit_neural(
     predictor: NeuralPredictor,
-    dataset: TraceDataset,
+    dataset: TrainingView,
     settings: TrainSettings,
     loop: LoopSettings,
     folder: Path,
-    counts: Any,
+    counts: RoutingCounts,
+    group: Group,
 ) -> dict[str, Any]:
-    """Runs the loop with checkpoint and log; returns what the model card says of it."""
+    """Runs the loop with checkpoint and record; returns what the model card says of it."""
     if predictor.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(predictor.device)
-    path = folder / LOG_FILE
-    if not (folder / CHECKPOINT_FILE).exists():
-        path.unlink(missing_ok=True)
-
-    def record(line: dict[str, Any]) -> None:
-        # A killed run may have logged past its checkpoint; those steps are done again.
-        earlier = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [each for each in earlier if json.loads(each)["step"] < line["step"]]
-        atomic.write_text(path, "".join(f"{each}\n" for each in [*kept, json.dumps(line)]))
-
-    state = fit_module(
-        predictor,
-        dataset,
-        loop,
-        hold_out=settings.hold_out_dataset,
-        counts=counts,
-        checkpoint=folder / CHECKPOINT_FILE,
-        record=record,
-    )
+    checkpoint = folder / CHECKPOINT_FILE
+    record = None
+    if group.leads:
+        if not checkpoint.exists():
+            (folder / RECORD_FILE).unlink(missing_ok=True)
+        config = {"predictor": predictor.name, "options": predictor.options(), **asdict(loop), **_provenance(dataset)}
+        record = TrainingRecord(folder, settings.track, config)
+    try:
+        state = fit_module(predictor, dataset, loop, counts=counts, checkpoint=checkpoint, record=record, group=group)
+    finally:
+        if record is not None:
+            record.close()
     assert predictor.module_ is not None
     return {
-        "columns": predictor.sees(dataset.available),
         "settings": asdict(loop),
         "device": describe_device(predictor.device),
+        "processes": group.size,
+        "precision": "bfloat16" if uses_bfloat16(predictor.device, loop.precision) else "float32",
+        "micro_batch_tokens": state.micro_batch_tokens,
         "parameters": sum(parameter.numel() for parameter in predictor.module_.parameters()),
         "steps": state.step,
         "trained_tokens": state.tokens,
@@ -154,26 +205,23 @@ def _fit_neural(
     }
 
 
-def _claim(folder: Path, resume: bool) -> bool:
-    """Makes the output folder ours; True when it already holds a finished predictor that `--resume` accepts."""
+def _claim(folder: Path, resume: bool) -> None:
+    """Makes the output folder ours."""
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(
             f"{folder}: a file, wanted a folder to write the predictor to; choose another --output_dir"
         )
     folder.mkdir(parents=True, exist_ok=True)
     present = {path.name for path in folder.iterdir()}
-    foreign = sorted(present - OWN_FILES)
+    if CONFIG_FILE in present:
+        raise ConfigurationError(f"{folder}: already holds a predictor; choose another --output_dir or remove it")
+    foreign = sorted(present - UNFINISHED_FILES)
     if foreign:
         raise ConfigurationError(
             f"{folder}: holds {foreign[0]}, which is no part of a predictor; choose another --output_dir"
         )
-    if CONFIG_FILE in present:
-        if resume:
-            return True
-        raise ConfigurationError(f"{folder}: already holds a predictor; choose another --output_dir or remove it")
     if present and not resume:
         raise ConfigurationError(f"{folder}: holds an unfinished training; continue it with --resume or remove it")
-    return False
 
 
 def _finish(predictor: Predictor, folder: Path, provenance: dict[str, Any]) -> None:

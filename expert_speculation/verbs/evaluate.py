@@ -12,10 +12,17 @@ from expert_speculation.options import json_option, predictor_dirs_option, seed_
 @predictor_dirs_option
 @click.option("--split", default="test", help="train, validation, test or all.")
 @click.option("--horizon", type=int, default=1, help="Layers ahead.")
+@click.option("--only_dataset", multiple=True, help="Score just the sequences of this data set; repeat for several.")
 @seed_option
 @json_option
 def evaluate(
-    shard_dir: Path, predictor_dirs: tuple[Path, ...], split: str, horizon: int, seed: int, json_file: Path | None
+    shard_dir: Path,
+    predictor_dirs: tuple[Path, ...],
+    split: str,
+    horizon: int,
+    only_dataset: tuple[str, ...],
+    seed: int,
+    json_file: Path | None,
 ) -> None:
     """Score predictors beside chance, frequency, repeat and markov, with 95 % intervals over sequences."""
     from speculation.evaluation import evaluate as run
@@ -24,6 +31,7 @@ def evaluate(
     from traces.reader import TraceDataset
 
     dataset = TraceDataset(shard_dir)
-    result = run(dataset, load_predictors(predictor_dirs), split=split, horizon=horizon, seed=seed)
+    predictors = load_predictors(predictor_dirs)
+    result = run(dataset, predictors, split=split, horizon=horizon, only=only_dataset, seed=seed)
     click.echo(format_table(result))
     write_results(json_file, result)

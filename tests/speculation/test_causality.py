@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from speculation import PREDICTORS, Predictor, RoutingBatch, create
+from speculation.neural import NeuralPredictor
 from traces.reader import TraceDataset
 
 # Neural predictors need weights that are not those they start from, not good ones.
-FIT_LIMITS: dict[str, dict[str, Any]] = {"interlayer": {"max_steps": 3}}
+FIT_LIMITS: dict[str, dict[str, Any]] = {
+    name: {"max_steps": 3} for name, cls in PREDICTORS.items() if issubclass(cls, NeuralPredictor)
+}
 CONSTANT = {"frequency"}
 
 

@@ -79,6 +79,37 @@ def test_differences_are_paired_and_of_every_given_predictor_to_every_other(resu
     assert all(name in beaten for name in others - {"oracle"})
 
 
+def test_figures_by_position_average_to_the_headline(dataset: TraceDataset) -> None:
+    result = evaluate(dataset, {}, bootstrap=10)
+    ranges = result["predictors"]["repeat"]["by_position"]
+    assert [(each["first"], each["last"]) for each in ranges] == [(0, 0), (1, 3), (4, 15), (16, 63)]
+    tokens = [each["tokens"] for each in ranges]
+    assert sum(tokens) == result["tokens"]
+    mean = sum(each["recall@2"]["value"] * count for each, count in zip(ranges, tokens, strict=True)) / sum(tokens)
+    assert mean == pytest.approx(result["predictors"]["repeat"]["recall"]["2"]["value"])
+    assert ranges[0]["recall@2"]["value"] < ranges[2]["recall@2"]["value"]  # the first token has none before it
+
+
+def test_one_data_set_can_be_scored_alone(dataset: TraceDataset) -> None:
+    everything, alone = (evaluate(dataset, {}, bootstrap=10, only=only) for only in ((), ("code",)))
+    assert alone["sequences"] == everything["predictors"]["markov"]["by_dataset"]["code"]["sequences"]
+    assert alone["predictors"]["markov"]["recall"] == everything["predictors"]["markov"]["by_dataset"]["code"]["recall"]
+    assert alone["only_dataset"] == ["code"]
+
+
+def test_trained_predictors_are_calibrated_and_scored_for_it(make_traces: Any, tmp_path: Path) -> None:
+    run_dir = make_traces(sequences=160)
+    dataset = TraceDataset(run_dir)
+    given = load_predictor(train(TrainSettings(run_dir, "markov", tmp_path / "m")))
+    assert set(given.calibration_) == {1, 2, 3}
+    found = evaluate(dataset, {"markov": given}, bootstrap=20)["predictors"]
+    error = found["markov"]["calibration"]["expected_calibration_error"]
+    assert 0 <= error["low"] <= error["value"] <= error["high"] < 0.1
+    tokens = sum(each["count"] for each in found["markov"]["calibration"]["by_probability"])
+    assert tokens == sum(each["count"] for each in found["markov"]["calibration"]["bins"])
+    assert found["repeat"]["calibration"] is None
+
+
 def test_equal_calls_give_equal_results(dataset: TraceDataset) -> None:
     assert evaluate(dataset, {}, bootstrap=20, seed=3) == evaluate(dataset, {}, bootstrap=20, seed=3)
 

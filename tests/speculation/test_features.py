@@ -7,7 +7,9 @@ import torch
 from speculation.features import (
     SCAN_TOKENS,
     RoutingBatch,
+    bucketed,
     decayed_usage,
+    earlier_step,
     last_used,
     multi_hot,
     packed_batches,
@@ -83,3 +85,17 @@ def test_last_used_counts_tokens_back_within_the_sequence() -> None:
     hot = torch.zeros(5, 1, 2)
     hot[0, 0, 0] = hot[1, 0, 1] = hot[3, 0, 1] = 1
     assert last_used(hot, torch.tensor([0, 3, 5]))[:, 0].tolist() == [[0, 0], [1, 0], [2, 1], [0, 0], [0, 1]]
+
+
+def test_an_earlier_step_runs_on_into_the_token_before_and_stops_at_the_sequence() -> None:
+    values = torch.arange(1, 11).view(5, 2)  # five tokens of two layers, the last token a sequence of its own
+    offsets = torch.tensor([0, 4, 5])
+    assert earlier_step(values, offsets, 1).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [0, 9]]
+    assert earlier_step(values, offsets, 3).tolist() == [[0, 0], [0, 1], [2, 3], [4, 5], [0, 0]]
+    assert earlier_step(values[..., None].expand(-1, -1, 2), offsets, 20).sum() == 0
+
+
+def test_buckets_are_few_and_evenly_filled() -> None:
+    counts = torch.bincount(bucketed(torch.arange(64_000), 64), minlength=64)
+    assert len(counts) == 64
+    assert counts.min() > 900

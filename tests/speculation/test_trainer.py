@@ -1,6 +1,5 @@
-import json
 import os
-import signal
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from groundwork.checkpoint import load_checkpoint
 from groundwork.errors import ConfigurationError
-from speculation import create, evaluate, load_predictor
-from speculation.loop import LoopSettings, fit_module
-from speculation.neural import NeuralPredictor
+from speculation import evaluate, load_predictor
+from speculation.predictor_options import parse_options
+from speculation.tracking import read_record
 from speculation.trainer import TrainSettings, train
 from traces.reader import TraceDataset
 
-SMALL = {"hidden_size": 16, "num_heads": 2, "mlp_size": 16}
+SMALL = {"hidden_size": 16, "mlp_size": 16, "context_size": 16, "context_heads": 2, "copy_heads": 2, "copy_key_size": 8}
 
 
 def settings(run_dir: Path, folder: Path, **changes: Any) -> TrainSettings:
@@ -42,97 +42,113 @@ def test_interlayer_beats_the_baselines_on_routing_that_needs_both_layers_and_to
 
 def test_the_folder_holds_a_predictor_with_counts_card_and_log_and_nothing_else(run_dir: Path, tmp_path: Path) -> None:
     folder = train(settings(run_dir, tmp_path / "p", hold_out_dataset=("code",)))
-    names = {"config.json", "model.safetensors", "baselines.safetensors", "README.md", "training_log.jsonl"}
+    names = {"config.json", "model.safetensors", "baselines.safetensors", "README.md", "train.jsonl"}
     assert {path.name for path in folder.iterdir()} == names
     made = load_predictor(folder).provenance_
     assert made["datasets"] == ["prose"]
     assert made["steps"] == 10
     assert made["library_versions"]["torch"] == torch.__version__
-    *_, line = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    assert {"step", "epoch", "tokens", "seconds", "loss", "validation_recall", "learning_rate"} == set(line)
+    *_, line = read_record(folder / "train.jsonl")
+    assert {"step", "epoch", "tokens", "seconds", "loss", "learning_rate", "peak_host_memory_gb"} < set(line)
+    assert line["validation_recall"] == pytest.approx(made["validation_recall"], abs=1e-4)
     card = (folder / "README.md").read_text()
     assert "`synthetic`" in card
     assert "4 layers, top 2 of 8 experts" in card
 
 
-KILLED_CHILD = """
+MORTAL_CHILD = """
 import os, signal, sys
-from pathlib import Path
-from speculation import register
+from expert_speculation.command import main
 from speculation.interlayer import InterLayer
-from speculation.trainer import TrainSettings, train
 
-@register
-class Mortal(InterLayer):
-    losses = 0
-    def loss(self, logits, ids):
-        Mortal.losses += 1
-        if Mortal.losses == {fatal}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().loss(logits, ids)
+loss, calls = InterLayer.loss, []
 
-Mortal.name = InterLayer.name
-train(TrainSettings(Path({run!r}), "interlayer", Path({folder!r}), max_steps=20, batch_size=8, device="cpu",
-                    checkpoint_seconds=0.0, options={options!r}))
+def mortal(self, logits, batch):
+    calls.append(batch)
+    if len(calls) == 13:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(self, logits, batch)
+
+InterLayer.loss = mortal
+main(sys.argv[1:])
 """
 
 
-def test_a_killed_and_resumed_training_equals_an_uninterrupted_one(run_dir: Path, tmp_path: Path) -> None:
-    whole = train(settings(run_dir, tmp_path / "whole", max_steps=20))
-    killed = tmp_path / "killed"
-    code = KILLED_CHILD.format(fatal=13, run=str(run_dir), folder=str(killed), options=SMALL)
+def run_python(arguments: list[str], returncode: int = 0) -> str:
     root = Path(__file__).resolve().parents[2]
-    child = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
-    )
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    assert (killed / "checkpoint.safetensors").exists()
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert child.returncode == returncode, child.stderr
+    return child.stderr
+
+
+def test_a_training_ended_by_a_signal_finishes_its_step_and_goes_on_to_the_same_predictor(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    whole = train(settings(run_dir, tmp_path / "whole", max_steps=20))
+    stopped = tmp_path / "stopped"
+    options = [f"--option={name}={value}" for name, value in SMALL.items()]
+    options += ["--max_steps", "20", "--batch_size", "8", "--device", "cpu"]
+    words = ["train", "--shard_dir", str(run_dir), "--predictor", "interlayer", "--output_dir", str(stopped), *options]
+    log = run_python(["-c", MORTAL_CHILD, *words], returncode=130)
+    assert "finishing this step first" in log
+    assert f"Go on with: expert-speculation {shlex.join(words)} --resume" in log
+    assert load_checkpoint(stopped / "checkpoint.safetensors")[1]["progress"]["step"] == 13
     with pytest.raises(ConfigurationError, match="unfinished training; continue it with --resume"):
-        train(settings(run_dir, killed, max_steps=20))
-    with pytest.raises(ConfigurationError, match=r"other settings .seed was 0, now 1"):
-        train(settings(run_dir, killed, max_steps=20, seed=1, resume=True))
-    resumed = train(settings(run_dir, killed, max_steps=20, resume=True))
+        train(settings(run_dir, stopped, max_steps=20))
+    resumed = train(settings(run_dir, stopped, max_steps=20, resume=True))
     assert (resumed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    logs = [(folder / "training_log.jsonl").read_text().splitlines() for folder in (whole, resumed)]
-    assert [json.loads(line)["step"] for line in logs[0]] == [json.loads(line)["step"] for line in logs[1]]
-    assert train(settings(run_dir, killed, max_steps=20, resume=True)) == killed
+    steps = [[line["step"] for line in read_record(folder / "train.jsonl")] for folder in (whole, resumed)]
+    assert steps[0] == steps[1]
+    assert train(settings(run_dir, stopped, max_steps=20, resume=True)) == stopped
 
 
-def test_the_memory_budget_bounds_the_slice_and_leaves_the_step_as_it_is(dataset: TraceDataset) -> None:
-    options = {**SMALL, "dropout": 0.0, "weight_dropout": 0.0}
-    weights = []
-    for budget in (24.0, 0.0015):
-        predictor = create("interlayer", **options)
-        assert isinstance(predictor, NeuralPredictor)
-        loop = LoopSettings(max_steps=4, memory_budget_gb=budget, weight_decay=0.0)
-        state = fit_module(predictor, dataset, loop)
-        weights.append((state.slice_tokens, predictor.state()["below_LXD"]))
-    assert weights[1][0] < 100 < weights[0][0]
-    torch.testing.assert_close(weights[0][1], weights[1][1], atol=2e-4, rtol=1e-3)
-    with pytest.raises(ConfigurationError, match="--memory_budget_gb 1e-05: too little"):
-        create("interlayer").fit(dataset, max_steps=1, memory_budget_gb=1e-5)
+def test_one_and_two_processes_learn_the_same_from_the_same_steps(run_dir: Path, tmp_path: Path) -> None:
+    train(settings(run_dir, tmp_path / "one", max_steps=6, batch_size=4, gradient_accumulation_steps=2))
+    words = ["train", "--shard_dir", str(run_dir), "--predictor", "interlayer", "--output_dir", str(tmp_path / "two")]
+    words += ["--max_steps", "6", "--batch_size", "4", "--gradient_accumulation_steps", "2", "--device", "cpu"]
+    words += [f"--option={name}={value}" for name, value in SMALL.items()]
+    run_python(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "expert_speculation", *words]
+    )
+    one, two = (load_predictor(tmp_path / name) for name in ("one", "two"))
+    assert (one.provenance_["processes"], two.provenance_["processes"]) == (1, 2)
+    for name in ("steps", "trained_tokens", "validation_recall"):
+        assert one.provenance_[name] == two.provenance_[name]
+    for name, tensor in one.state().items():  # with noise: both draw the same for each micro-batch
+        torch.testing.assert_close(tensor, two.state()[name], atol=1e-3, rtol=0)
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
 
 
-def test_accumulation_and_batch_size_make_equal_steps_of_equal_sequences(dataset: TraceDataset) -> None:
-    options = {**SMALL, "dropout": 0.0, "weight_dropout": 0.0}
-    learned = []
-    for batch_size, accumulation in ((4, 1), (2, 2)):
-        predictor = create("interlayer", **options)
-        assert isinstance(predictor, NeuralPredictor)
-        predictor.sample_horizon = lambda _: 1  # type: ignore[method-assign]
-        loop = LoopSettings(max_steps=3, batch_size=batch_size, gradient_accumulation_steps=accumulation)
-        learned.append((fit_module(predictor, dataset, loop).tokens, predictor.state()["head_LDE"]))
-    assert learned[0][0] == learned[1][0]
-    torch.testing.assert_close(learned[0][1], learned[1][1], atol=2e-4, rtol=1e-3)
+def test_options_of_the_predictor_are_checked_before_anything_is_done(run_dir: Path, tmp_path: Path) -> None:
+    assert parse_options(["reach=2", "loss=set", "decays=[0.5]", "tokens=true"]) == {
+        "reach": 2,
+        "loss": "set",
+        "decays": [0.5],
+        "tokens": True,
+    }
+    with pytest.raises(ConfigurationError, match="--option reach: wanted NAME=VALUE"):
+        parse_options(["reach"])
+    with pytest.raises(ConfigurationError, match="--option depth: unknown to interlayer; its options are hidden_size"):
+        train(TrainSettings(run_dir, "interlayer", tmp_path / "p", options={"depth": 3}))
+    with pytest.raises(ConfigurationError, match=r'--option reach="far": wanted something like \d'):
+        train(TrainSettings(run_dir, "interlayer", tmp_path / "p", options={"reach": "far"}))
+    with pytest.raises(ConfigurationError, match="--option tokens: unknown to markov; it has no options"):
+        train(TrainSettings(run_dir, "markov", tmp_path / "p", tokens=True))
+    folder = train(settings(run_dir, tmp_path / "p", max_steps=2, tokens=True))
+    assert load_predictor(folder).options()["tokens"]
+    assert load_predictor(folder).provenance_["columns"] == ["ids", "weights", "tokens"]
 
 
-def test_training_stops_when_time_is_up_or_validation_no_longer_improves(dataset: TraceDataset) -> None:
-    predictor = create("interlayer", **SMALL)
-    assert isinstance(predictor, NeuralPredictor)
-    assert fit_module(predictor, dataset, LoopSettings(max_minutes=1e-6)).step == 1
-    state = fit_module(predictor, dataset, LoopSettings(epochs=50, learning_rate=1e-12, patience=2))
-    assert state.epoch == 3
-    assert state.best_step < state.step
+def test_what_it_was_trained_on_is_in_the_provenance(run_dir: Path, tmp_path: Path) -> None:
+    folder = train(TrainSettings(run_dir, "markov", tmp_path / "p", only_dataset=("code",), train_tokens=200))
+    made = load_predictor(folder).provenance_
+    assert made["datasets"] == made["only_dataset"] == ["code"]
+    assert made["train_tokens_limit"] == 200
+    assert 200 <= made["train_tokens"] < 240
+    assert made["peak_host_memory_gb"] > 0.05
+    card = (folder / "README.md").read_text()
+    assert "the first 200 tokens" in card
 
 
 def test_wrong_requests_are_refused_before_anything_is_written(run_dir: Path, make_traces: Any, tmp_path: Path) -> None:
