@@ -23,11 +23,11 @@ from groundwork.progress import log
 from speculation import RoutingBatch, create
 from speculation.counted import count_routing
 from speculation.features import packed_batches
-from speculation.loop import LoopSettings, fit_module
 from speculation.metrics import metric_names, token_values
 from speculation.neural import NeuralPredictor
 from speculation.predictor import OPTIONAL_COLUMNS, RoutingShape
-from speculation.training_view import TrainingView
+from speculation.training.loop import LoopSettings, fit_module
+from speculation.training.view import TrainingView
 from traces.reader import TraceDataset
 
 ROWS: dict[str, dict[str, Any]] = {

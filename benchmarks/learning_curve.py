@@ -20,7 +20,7 @@ from scipy.optimize import curve_fit
 from groundwork.atomic import write_json
 from speculation import evaluate, load_predictor
 from speculation.predictor import CONFIG_FILE
-from speculation.trainer import TrainSettings, train
+from speculation.training.trainer import TrainSettings, train
 from traces.reader import TraceDataset
 
 

@@ -24,7 +24,7 @@ from groundwork.errors import ConfigurationError
 from groundwork.progress import log
 from speculation import PREDICTORS, Predictor, RoutingBatch, evaluate, load_predictors
 from speculation.predictor import MODEL_FILE, OPTIONAL_COLUMNS
-from speculation.trainer import TrainSettings, train
+from speculation.training.trainer import TrainSettings, train
 from traces.reader import TraceDataset
 
 # What one training gives; an ensemble is made of others and joins with --predictor_dir.

@@ -21,10 +21,10 @@ from groundwork.ahead import ReadAhead
 from groundwork.hardware import choose_device, describe_device
 from groundwork.progress import log
 from speculation import RoutingBatch, create
-from speculation.epoch import Step
-from speculation.loop import READ_AHEAD, LoopSettings, Training
 from speculation.neural import NeuralPredictor
-from speculation.training_view import TrainingView
+from speculation.training.epoch import Step
+from speculation.training.loop import READ_AHEAD, LoopSettings, Training
+from speculation.training.view import TrainingView
 from traces.reader import TraceDataset
 
 LIMIT = 1.05

@@ -24,8 +24,8 @@ _HOME = {
     "Predictor": "speculation.predictor",
     "RoutingBatch": "speculation.features",
     "load_predictor": "speculation.predictor",
-    "TrainSettings": "speculation.trainer",
-    "train": "speculation.trainer",
+    "TrainSettings": "speculation.training.trainer",
+    "train": "speculation.training.trainer",
     "evaluate": "speculation.evaluation",
     "write_report": "analysis.report",
 }

@@ -1,6 +1,6 @@
 """What neural predictors share: a torch module that scores packed sequences, and how it is scored within memory.
 
-Training is speculation.loop's; this file is the contract between the two.
+Training is speculation.training.loop's; this file is the contract between the two.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SCORE_TOKENS = 2048  # tokens scored at once; fixed, so that scores do not depen
 
 
 class NeuralPredictor(Predictor):
-    """A predictor whose fitted state is a torch module; built by `build`, trained by speculation.loop.
+    """A predictor whose fitted state is a torch module; built by `build`, trained by speculation.training.
 
     `longest_piece`: in training, a longer sequence is cut into equal pieces of at most so many tokens, each of which
     starts afresh; None cuts nothing.
@@ -73,8 +73,8 @@ class NeuralPredictor(Predictor):
         self, dataset: TraceDataset, *, split: str = "train", hold_out: Collection[str] = (), **limits: Any
     ) -> Self:
         """Trains in memory-bounded steps without leaving files; `limits` are fields of loop.LoopSettings."""
-        from speculation.loop import LoopSettings, fit_module
-        from speculation.training_view import TrainingView
+        from speculation.training.loop import LoopSettings, fit_module
+        from speculation.training.view import TrainingView
 
         self.check_columns(dataset, "the traces")
         fit_module(self, TrainingView(dataset, hold_out=hold_out), LoopSettings(**limits), split=split)

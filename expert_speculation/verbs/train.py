@@ -40,10 +40,10 @@ def train(option: tuple[str, ...], **settings: Any) -> None:
 
     On several GPUs: torchrun --nproc_per_node 2 -m expert_speculation train ...
     """
-    from speculation.distributed import Group
-    from speculation.predictor_options import parse_options
-    from speculation.trainer import TrainSettings
-    from speculation.trainer import train as run
+    from speculation.training.distributed import Group
+    from speculation.training.options import parse_options
+    from speculation.training.trainer import TrainSettings
+    from speculation.training.trainer import train as run
 
     folder = run(TrainSettings(**settings, options=parse_options(option)))
     if Group.of_environment().leads:

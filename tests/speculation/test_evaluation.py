@@ -9,7 +9,7 @@ from torch import Tensor
 from groundwork.errors import ConfigurationError
 from speculation import Predictor, RoutingBatch, create, evaluate, format_table, load_predictor
 from speculation.features import multi_hot
-from speculation.trainer import TrainSettings, train
+from speculation.training.trainer import TrainSettings, train
 from traces.reader import TraceDataset
 
 

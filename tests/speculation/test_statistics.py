@@ -11,9 +11,9 @@ from speculation import RoutingBatch, create, load_predictor
 from speculation.features import multi_hot, packed_batches
 from speculation.metrics import token_values
 from speculation.predictor import RoutingShape
-from speculation.statistics import Statistics
-from speculation.statistics_counts import MAX_PAIRS, MAX_TOKEN_ENTRIES, StatisticsCounts
-from speculation.statistics_tables import StatisticsTables
+from speculation.statistics.counts import MAX_PAIRS, MAX_TOKEN_ENTRIES, StatisticsCounts
+from speculation.statistics.predictor import Statistics
+from speculation.statistics.tables import StatisticsTables
 from traces.reader import TraceDataset
 
 

@@ -11,9 +11,9 @@ import torch
 from groundwork.checkpoint import load_checkpoint
 from groundwork.errors import ConfigurationError
 from speculation import evaluate, load_predictor
-from speculation.predictor_options import parse_options
-from speculation.tracking import read_record
-from speculation.trainer import TrainSettings, train
+from speculation.training.options import parse_options
+from speculation.training.tracking import read_record
+from speculation.training.trainer import TrainSettings, train
 from traces.reader import TraceDataset
 
 SMALL = {"hidden_size": 16, "mlp_size": 16, "context_size": 16, "context_heads": 2, "copy_heads": 2, "copy_key_size": 8}
@@ -75,7 +75,7 @@ main(sys.argv[1:])
 
 
 def run_python(arguments: list[str], returncode: int = 0) -> str:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     child = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert child.returncode == returncode, child.stderr

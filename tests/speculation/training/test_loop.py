@@ -10,9 +10,9 @@ from groundwork.checkpoint import load_checkpoint
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from speculation.features import RoutingBatch
 from speculation.interlayer import InterLayer
-from speculation.loop import LoopSettings, fit_module
-from speculation.training_state import Progress
-from speculation.training_view import TrainingView
+from speculation.training.loop import LoopSettings, fit_module
+from speculation.training.state import Progress
+from speculation.training.view import TrainingView
 from traces.reader import TraceDataset
 
 SMALL = {"hidden_size": 16, "mlp_size": 16, "context_size": 16, "context_heads": 2, "copy_heads": 2, "copy_key_size": 8}

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from groundwork.errors import ConfigurationError
-from speculation.tracking import TRACKERS, TrainingRecord, check_tracker, read_record
+from speculation.training.tracking import TRACKERS, TrainingRecord, check_tracker, read_record
 
 
 def test_a_resumed_record_drops_the_steps_that_are_done_again(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from groundwork.errors import ConfigurationError
-from speculation.optimizer import MUON_DECAY, MUON_RATE, MuonAdamW, muon_step, orthogonal
+from speculation.training.optimizer import MUON_DECAY, MUON_RATE, MuonAdamW, muon_step, orthogonal
 
 
 class Layered(nn.Module):

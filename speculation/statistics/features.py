@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from speculation.features import bucketed, decayed_usage
-from speculation.statistics_tables import StatisticsTables
+from speculation.statistics.tables import StatisticsTables
 
 ROWS = 256  # tokens scored at once; bounds memory, and results do not depend on it beyond rounding
 DECAYS = (0.5, 0.8, 0.95, 0.99)  # of usage, per token

@@ -20,18 +20,18 @@ from groundwork.errors import ConfigurationError
 from groundwork.hardware import describe_device
 from groundwork.progress import log
 from groundwork.provenance import library_versions
-from speculation.calibrate import calibrate
-from speculation.card import CARD_FILE, model_card
 from speculation.counted import BASELINES_FILE, CountedPredictor, RoutingCounts, count_routing
-from speculation.distributed import Group
-from speculation.loop import LoopSettings, fit_module
-from speculation.memory import peaks_gb
 from speculation.neural import NeuralPredictor
-from speculation.precision import uses_bfloat16
 from speculation.predictor import CONFIG_FILE, MODEL_FILE, Predictor, RoutingShape, create
-from speculation.predictor_options import check_options
-from speculation.tracking import RECORD_FILE, TENSORBOARD_FOLDER, TrainingRecord, check_tracker
-from speculation.training_view import TrainingView
+from speculation.training.calibrate import calibrate
+from speculation.training.card import CARD_FILE, model_card
+from speculation.training.distributed import Group
+from speculation.training.loop import LoopSettings, fit_module
+from speculation.training.memory import peaks_gb
+from speculation.training.options import check_options
+from speculation.training.precision import uses_bfloat16
+from speculation.training.tracking import RECORD_FILE, TENSORBOARD_FOLDER, TrainingRecord, check_tracker
+from speculation.training.view import TrainingView
 from traces.reader import TraceDataset
 
 CHECKPOINT_FILE = "checkpoint.safetensors"

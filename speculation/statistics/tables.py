@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from speculation.predictor import MAX_HORIZON
-from speculation.statistics_counts import StatisticsCounts
+from speculation.statistics.counts import StatisticsCounts
 
 RIDGE = (
     200.0  # pseudo-observations that pull the estimate towards usage; recall on real traces is flat from 100 to 1000

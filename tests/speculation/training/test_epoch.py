@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speculation.epoch import POSITION, START, STOP, Batching, Epoch, Step
+from speculation.training.epoch import POSITION, START, STOP, Batching, Epoch, Step
 from traces.reader import TraceDataset
 
 

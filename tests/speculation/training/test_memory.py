@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from groundwork.errors import ConfigurationError
-from speculation.memory import is_out_of_memory, micro_batch_tokens, peaks_gb
-from speculation.precision import uses_bfloat16
+from speculation.training.memory import is_out_of_memory, micro_batch_tokens, peaks_gb
+from speculation.training.precision import uses_bfloat16
 
 CPU = torch.device("cpu")
 

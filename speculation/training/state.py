@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from groundwork.checkpoint import load_checkpoint, refuse_other_settings, save_checkpoint
-from speculation.optimizer import MuonAdamW
+from speculation.training.optimizer import MuonAdamW
 
 
 @dataclass

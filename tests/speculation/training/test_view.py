@@ -2,7 +2,7 @@ import pytest
 
 from groundwork.errors import ConfigurationError
 from speculation.counted import count_routing
-from speculation.training_view import TrainingView
+from speculation.training.view import TrainingView
 from traces.reader import TraceDataset
 
 

@@ -1,6 +1,6 @@
 """The training loop of neural predictors: streamed shards, a memory budget, and a resume that is exact to the bit.
 
-An effective batch is planned (speculation.epoch), read ahead in a thread, and worked through in micro-batches while
+An effective batch is planned (training.epoch), read ahead in a thread, and worked through in micro-batches while
 gradients add up: memory depends on the micro-batch, never on run or batch. Where memory runs out all the same, the
 micro-batch is halved and the step is done again from its start. The learning rate warms up, then follows a cosine of
 the progress towards whichever limit ends first: epochs, steps or minutes. Randomness is drawn from (seed, step, first
@@ -28,10 +28,13 @@ from groundwork.interrupt import finishing_steps
 from groundwork.progress import Progress as Bar
 from groundwork.progress import log, progress
 from speculation.counted import RoutingCounts, count_routing
-from speculation.distributed import ALONE, Group
-from speculation.epoch import Epoch, MicroBatch, Step
 from speculation.features import RoutingBatch, packed_batches
-from speculation.memory import (
+from speculation.metrics import token_values
+from speculation.neural import NeuralPredictor, saved_precision
+from speculation.predictor import OPTIONAL_COLUMNS, RoutingShape
+from speculation.training.distributed import ALONE, Group
+from speculation.training.epoch import Epoch, MicroBatch, Step
+from speculation.training.memory import (
     enforce_budget,
     forget_cached,
     is_out_of_memory,
@@ -39,14 +42,11 @@ from speculation.memory import (
     packed_bytes_per_token,
     peaks_gb,
 )
-from speculation.metrics import token_values
-from speculation.neural import NeuralPredictor, saved_precision
-from speculation.optimizer import MuonAdamW
-from speculation.precision import uses_bfloat16
-from speculation.predictor import OPTIONAL_COLUMNS, RoutingShape
-from speculation.schedule import LoopSettings, rate
-from speculation.training_state import Progress, Weights
-from speculation.training_view import TrainingView
+from speculation.training.optimizer import MuonAdamW
+from speculation.training.precision import uses_bfloat16
+from speculation.training.schedule import LoopSettings, rate
+from speculation.training.state import Progress, Weights
+from speculation.training.view import TrainingView
 
 __all__ = ["READ_AHEAD", "LoopSettings", "Training", "fit_module"]
 

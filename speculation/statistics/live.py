@@ -16,7 +16,7 @@ from torch import Tensor
 from speculation.features import bucketed
 from speculation.live import LiveState
 from speculation.predictor import RoutingShape
-from speculation.statistics_features import (
+from speculation.statistics.features import (
     DECAYS,
     FLOOR,
     KERNELS,
@@ -28,7 +28,7 @@ from speculation.statistics_features import (
     USAGE_FLOOR,
     VOTE_FLOOR,
 )
-from speculation.statistics_tables import StatisticsTables
+from speculation.statistics.tables import StatisticsTables
 
 Floats = NDArray[np.float32]
 KEPT = 256  # tokens beyond the window before the oldest are dropped

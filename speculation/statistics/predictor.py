@@ -22,10 +22,10 @@ from groundwork.progress import Progress, progress
 from speculation.features import RoutingBatch, packed_batches
 from speculation.live import LiveState
 from speculation.predictor import MAX_HORIZON, Predictor, RoutingShape, register
-from speculation.statistics_counts import StatisticsCounts
-from speculation.statistics_features import NUM_FEATURES, NUM_TOKEN_FEATURES, sequence_features
-from speculation.statistics_live import StatisticsLive
-from speculation.statistics_tables import StatisticsTables
+from speculation.statistics.counts import StatisticsCounts
+from speculation.statistics.features import NUM_FEATURES, NUM_TOKEN_FEATURES, sequence_features
+from speculation.statistics.live import StatisticsLive
+from speculation.statistics.tables import StatisticsTables
 from traces.reader import TraceDataset
 from traces.schema import SequenceTrace, TraceSpec
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from groundwork.errors import ConfigurationError
-from speculation.epoch import Batching
-from speculation.training_state import Progress
+from speculation.training.epoch import Batching
+from speculation.training.state import Progress
 
 DEFAULT_EPOCHS = 6
 BATCH_TOKENS = 320  # smaller steps learn more from each token
