@@ -39,6 +39,7 @@ class InterLayerOptions:
     context_size: int = 128  # width of the transformer over earlier tokens; 0: none
     context_blocks: int = 2
     context_heads: int = 4
+    overlap_votes: bool = False  # votes of earlier tokens for what a first guess from the evidence misses
     path_size: int = 64  # width of the sum over all layers below; 0: none
     layer_heads: int = 0  # heads of attention over the layers below; 0: none
     window: int = 1024  # tokens that attention reaches back
@@ -115,7 +116,8 @@ class InterLayer(NeuralPredictor):
         settings, experts = self.settings, shape.num_experts
         rates, heads = len(settings.decays), settings.copy_heads
         attended = 2 * heads * min(settings.window, LONGEST_PIECE)  # shares of attention, before and after softmax
-        inputs = (2 * settings.reach + 4 * rates + 12 + 4 * heads) * experts
+        votes = 8 if settings.overlap_votes else 0
+        inputs = (votes + 2 * settings.reach + 4 * rates + 12 + 4 * heads) * experts
         inner = 24 * settings.hidden_size + 4 * settings.mlp_size + 6 * heads * settings.copy_key_size
         context = settings.context_blocks * (24 * settings.context_size + 2 * settings.context_heads * LONGEST_PIECE)
         layer_attention = settings.layer_heads * (shape.num_layers + 8 * settings.hidden_size)
