@@ -51,7 +51,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "reach 3": {"reach": 3},
     "reach 6": {"reach": 6},
     "reach 12": {"reach": 12},
-    "overlap votes": {"overlap_votes": True},
     "no path summary": {"path_size": 0},
     "path summary of 128": {"path_size": 128},
     "path summary and attention over layers": {"layer_heads": 4},

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from groundwork.errors import ConfigurationError
 from speculation.counted import RoutingCounts
 from speculation.features import RoutingBatch, bucketed, decayed_usage, multi_hot
-from speculation.horizons import draw_horizon
-from speculation.layered import drop, gelu, table, token_before, unit, working_dtype
-from speculation.losses import set_softmax
+from speculation.networks.horizons import draw_horizon
+from speculation.networks.layered import drop, gelu, table, token_before, unit, working_dtype
+from speculation.networks.losses import set_softmax
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 

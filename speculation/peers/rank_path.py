@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from speculation.counted import RoutingCounts
 from speculation.features import RoutingBatch
-from speculation.horizons import draw_horizon
-from speculation.layered import drop, table
-from speculation.losses import set_softmax
+from speculation.networks.horizons import draw_horizon
+from speculation.networks.layered import drop, table
+from speculation.networks.losses import set_softmax
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 

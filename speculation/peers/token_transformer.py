@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from groundwork.errors import ConfigurationError
 from speculation.counted import RoutingCounts
 from speculation.features import RoutingBatch, bucketed, previous_token
-from speculation.horizons import draw_horizon
-from speculation.layered import drop, gelu, table, working_dtype
-from speculation.losses import membership
+from speculation.networks.horizons import draw_horizon
+from speculation.networks.layered import drop, gelu, table, working_dtype
+from speculation.networks.losses import membership
+from speculation.networks.token_context import TokenContext
 from speculation.neural import NeuralPredictor
 from speculation.predictor import RoutingShape, register
-from speculation.token_context import TokenContext
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,6 @@ def test_live_scores_equal_the_batch_scores_at_every_horizon(
         {"path_size": 8, "layer_heads": 2, "tokens": True, "window": 5, "reach": 2},
         {"copy_heads": 0, "context_size": 0, "weights": False},
         {"copy_heads": 1, "decays": [0.9]},
-        {"overlap_votes": True, "window": 5},
-        {"overlap_votes": True},
     ],
 )
 def test_every_part_of_interlayer_is_live_and_a_horizon_can_be_asked_for_late(
@@ -84,7 +82,7 @@ def test_interlayer_is_live_beyond_the_tokens_whose_sets_it_keeps(dataset: Trace
     generator = torch.Generator().manual_seed(0)
     ids = torch.rand(40, 4, 8, generator=generator).argsort(dim=2)[:, :, :2]
     long = RoutingBatch(ids, None, None, None, None, torch.tensor([0, 40]), 8)
-    predictor = create("interlayer", hidden_size=16, window=6, overlap_votes=True).fit(dataset, max_steps=1)
+    predictor = create("interlayer", hidden_size=16, window=6).fit(dataset, max_steps=1)
     expected = predictor.predict_scores(long, 2).flatten(0, 1)
     torch.testing.assert_close(follow(predictor, long, 2), expected[1:], atol=TOLERANCE, rtol=TOLERANCE)
 

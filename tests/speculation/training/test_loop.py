@@ -9,7 +9,7 @@ from torch import Tensor
 from groundwork.checkpoint import load_checkpoint
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from speculation.features import RoutingBatch
-from speculation.interlayer import InterLayer
+from speculation.interlayer.predictor import InterLayer
 from speculation.training.loop import LoopSettings, fit_module
 from speculation.training.state import Progress
 from speculation.training.view import TrainingView

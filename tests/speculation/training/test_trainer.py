@@ -59,7 +59,7 @@ def test_the_folder_holds_a_predictor_with_counts_card_and_log_and_nothing_else(
 MORTAL_CHILD = """
 import os, signal, sys
 from expert_speculation.command import main
-from speculation.interlayer import InterLayer
+from speculation.interlayer.predictor import InterLayer
 
 loss, calls = InterLayer.loss, []
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from speculation.windowed_attention import CHUNK_TOKENS, attend
+from speculation.networks.windowed_attention import CHUNK_TOKENS, attend
 
 
 def plainly(query, key, value, offsets, slopes, window):  # type: ignore[no-untyped-def]

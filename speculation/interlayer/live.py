@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculation.interlayer_network import COPY_FLOOR, InterLayerNetwork, token_bucket
-from speculation.layered import gelu, unit
+from speculation.interlayer.network import COPY_FLOOR, InterLayerNetwork, token_bucket
 from speculation.live import LiveState
-from speculation.overlap_votes_live import OverlapMemory
+from speculation.networks.layered import gelu, unit
+from speculation.networks.windowed_attention import Slopes
 from speculation.predictor import RoutingShape
-from speculation.windowed_attention import Slopes
 
 PATH_TOKENS = 16  # tokens of sets kept in a row before the oldest are dropped
 
@@ -104,10 +103,6 @@ class Lane:
             self.context_ring = Ring(network.context.slopes_H1, settings.window, device)
             memory = settings.context_blocks, 2, settings.context_heads, settings.window, size
             self.context_memory = torch.zeros(memory, device=device)
-        if settings.overlap_votes:
-            shape = RoutingShape(layers, experts, network.top_k)
-            self.overlaps = OverlapMemory(shape, horizon, settings.window, device)
-            self.guesses: dict[int, Tensor] = {}  # by step, until it is observed
         if settings.path_size:
             self.path_P = torch.zeros(settings.path_size, device=device)
         if network.layer_attention is not None:
@@ -142,9 +137,6 @@ class Lane:
             self.earlier_LRE[layer, 1] = share_E
         if self.network.copy is not None:
             self.sets_LWE[layer, self.copy_ring.slot(token + 1)] = set_E
-        if self.network.settings.overlap_votes:
-            guess_E = self.network.guessed(self.guesses.pop(step), self.network.bias_LE[layer])
-            self.overlaps.observe(set_E, set_E - guess_E)
         if layer == self.layers - 1:
             self._end_token(token)
 
@@ -169,8 +161,6 @@ class Lane:
         self.next_step = step + 1
         evidence_D = self._evidence(token, layer, self.origin + step)
         hidden_D = gelu(evidence_D)
-        if network.settings.overlap_votes:
-            self.guesses[step] = evidence_D @ network.guess_LDE[layer]
         if network.copy is not None:
             key_HX = unit((unit(hidden_D) @ network.copy.key_LDX[layer]).view(network.copy.heads, -1))
             seen, penalty = self.copy_ring.seen(token)
@@ -198,9 +188,6 @@ class Lane:
         if network.copy is not None:
             scores_E.addmv_(copied_HE.t(), network.copied_LH[layer])
             scores_E.addmv_((copied_HE + COPY_FLOOR).log_().t(), network.log_copied_LH[layer])
-        if network.settings.overlap_votes:
-            # Votes are those that were possible `horizon` steps before, which is where such a score is asked for.
-            scores_E.add_(self.guesses[step]).addmv_(self.overlaps.votes().t(), network.voted_LJ[layer])
         self.last_scores_E = scores_E.cpu()
 
     def _evidence(self, token: int, layer: int, row: int) -> Tensor:

@@ -1,6 +1,6 @@
 """InterLayer: experts from the routing of the layers below and of all earlier tokens; one model for horizons 1 to 3.
 
-The network is in interlayer_network.py; here are its options, and how it is trained and scored. It requires expert ids,
+The network is in network.py; here are its options, and how it is trained and scored. It requires expert ids,
 uses routing weights where traces have them (and is trained with some sequences' weights hidden, so that ids alone
 suffice), and with `tokens` uses token ids too.
 """
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from groundwork.errors import ConfigurationError
 from speculation.counted import RoutingCounts
 from speculation.features import RoutingBatch
-from speculation.interlayer_live import InterLayerLive
-from speculation.interlayer_network import InterLayerNetwork
+from speculation.interlayer.live import InterLayerLive
+from speculation.interlayer.network import InterLayerNetwork
 from speculation.live import LiveState
-from speculation.losses import NEED_WEIGHTS, check_loss, routing_loss
+from speculation.networks.losses import NEED_WEIGHTS, check_loss, routing_loss
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 
@@ -39,7 +39,6 @@ class InterLayerOptions:
     context_size: int = 128  # width of the transformer over earlier tokens; 0: none
     context_blocks: int = 2
     context_heads: int = 4
-    overlap_votes: bool = False  # votes of earlier tokens for what a first guess from the evidence misses
     path_size: int = 64  # width of the sum over all layers below; 0: none
     layer_heads: int = 0  # heads of attention over the layers below; 0: none
     window: int = 1024  # tokens that attention reaches back
@@ -116,8 +115,7 @@ class InterLayer(NeuralPredictor):
         settings, experts = self.settings, shape.num_experts
         rates, heads = len(settings.decays), settings.copy_heads
         attended = 2 * heads * min(settings.window, LONGEST_PIECE)  # shares of attention, before and after softmax
-        votes = 8 if settings.overlap_votes else 0
-        inputs = (votes + 2 * settings.reach + 4 * rates + 12 + 4 * heads) * experts
+        inputs = (2 * settings.reach + 4 * rates + 12 + 4 * heads) * experts
         inner = 24 * settings.hidden_size + 4 * settings.mlp_size + 6 * heads * settings.copy_key_size
         context = settings.context_blocks * (24 * settings.context_size + 2 * settings.context_heads * LONGEST_PIECE)
         layer_attention = settings.layer_heads * (shape.num_layers + 8 * settings.hidden_size)

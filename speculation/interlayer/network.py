@@ -2,9 +2,8 @@
 
 1. Evidence for (token t, layer l): the sets of the layers below in decoding order, the token before's set at l, decayed
    usage at l, a context of all earlier tokens; each through layer l's own table, added up.
-2. With overlap votes, a first guess straight from the evidence, and how it was wrong at earlier tokens.
-3. Copy attention: the sets that layer l chose at earlier tokens with like evidence, into hidden state and scores.
-4. One MLP for each layer, and a head that starts from the logarithm of each expert's frequency.
+2. Copy attention: the sets that layer l chose at earlier tokens with like evidence, into hidden state and scores.
+3. One MLP for each layer, and a head that starts from the logarithm of each expert's frequency.
 
 What horizon h hides: in 1, the h - 1 layers nearest below, and for layers below h - 1 the token before's part of the
 context, whose top layers are not known then. All else builds on the evidence or on tokens before. Cost per token is
@@ -19,16 +18,15 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from speculation.copy_attention import CopyAttention
 from speculation.features import RoutingBatch, decayed_usage
-from speculation.layer_attention import LayerAttention
-from speculation.layered import drop, gelu, table, token_before, unit, working_dtype
-from speculation.overlap_votes import KERNELS, overlap_votes
+from speculation.interlayer.copy_attention import CopyAttention
+from speculation.interlayer.layer_attention import LayerAttention
+from speculation.networks.layered import drop, gelu, table, token_before, unit, working_dtype
+from speculation.networks.token_context import TokenContext
 from speculation.predictor import MAX_HORIZON, RoutingShape
-from speculation.token_context import TokenContext
 
 if TYPE_CHECKING:
-    from speculation.interlayer import InterLayerOptions
+    from speculation.interlayer.predictor import InterLayerOptions
 
 IdOrIds = TypeVar("IdOrIds", int, Tensor)
 COPY_FLOOR = 0.02  # added before the logarithm of a copied share; the share of an expert never chosen is 0
@@ -131,10 +129,6 @@ class InterLayerNetwork(nn.Module):
             self.copied_LXD = table(generator, layers, settings.copy_heads * experts, hidden, scale=scale)
             self.copied_LH = nn.Parameter(torch.zeros(layers, settings.copy_heads))
             self.log_copied_LH = nn.Parameter(torch.full((layers, settings.copy_heads), 0.1))
-        self.top_k = shape.top_k
-        if settings.overlap_votes:
-            self.guess_LDE = table(generator, layers, hidden, experts, scale=0.02)
-            self.voted_LJ = nn.Parameter(torch.full((layers, len(KERNELS)), 0.3))
         if settings.layer_heads:
             self.layer_attention = LayerAttention(hidden, settings.layer_heads, generator)
         self.up_LDM = table(generator, layers, hidden, settings.mlp_size, scale=hidden**-0.5)
@@ -152,7 +146,7 @@ class InterLayerNetwork(nn.Module):
 
     def matrices(self) -> list[str]:
         """Names of the weights that act as matrices, which Muon trains; AdamW is for scales, biases and embeddings."""
-        others = {"place_HLD", "recent_LR", "bias_LE", "token_BN", "copied_LH", "log_copied_LH", "voted_LJ"}
+        others = {"place_HLD", "recent_LR", "bias_LE", "token_BN", "copied_LH", "log_copied_LH"}
         others |= {"copy.sharpness_LH", "copy.empty_LHD"}
         return [name for name, each in self.named_parameters() if each.dim() >= 2 and name not in others]
 
@@ -161,7 +155,6 @@ class InterLayerNetwork(nn.Module):
         before_LTE = token_before(routing.hot_LTE, routing.starts_S)
         evidence_LTD = self._evidence(routing, before_LTE, horizon, generator)
         hidden_LTD = gelu(evidence_LTD)
-        spoken_LTE = self._guess_and_votes(routing, before_LTE, evidence_LTD, horizon)
         copied_LHTE = None
         if self.copy is not None:
             copied_LHTE = self.copy(hidden_LTD, before_LTE, routing.offsets, routing.starts_S)
@@ -176,31 +169,11 @@ class InterLayerNetwork(nn.Module):
         scores_LTE = scores_LTE + before_LTE * self.recent_LR[:, :1, None].to(dtype)
         usage_LTRE = routing.usage_LTX.unflatten(2, (-1, self.num_experts))
         scores_LTE = scores_LTE + (usage_LTRE * self.recent_LR[:, None, 1:, None].to(dtype)).sum(dim=2)
-        if spoken_LTE is not None:
-            scores_LTE = scores_LTE + spoken_LTE
         if copied_LHTE is not None:
             scores_LTE = scores_LTE + (copied_LHTE * self.copied_LH[..., None, None].to(dtype)).sum(dim=1)
             log_copied_LHTE = (copied_LHTE + COPY_FLOOR).log()
             scores_LTE = scores_LTE + (log_copied_LHTE * self.log_copied_LH[..., None, None].to(dtype)).sum(dim=1)
         return scores_LTE
-
-    def guessed(self, guess_XE: Tensor, bias_XE: Tensor) -> Tensor:
-        """What a guess expects of each expert, from 0 to 1; takes no gradient."""
-        return ((guess_XE.float() + bias_XE).detach().softmax(dim=-1) * self.top_k).clamp_max(1.0)
-
-    def _guess_and_votes(
-        self, routing: Routing, before_LTE: Tensor, evidence_LTD: Tensor, horizon: int
-    ) -> Tensor | None:
-        """The guess from the evidence and what earlier tokens' residuals say of it, summed (L, T, E)."""
-        if not self.settings.overlap_votes:
-            return None
-        guess_LTE = torch.bmm(evidence_LTD, self.guess_LDE.to(evidence_LTD.dtype))
-        residual_LTE = routing.hot_LTE - self.guessed(guess_LTE, self.bias_LE[:, None]).to(guess_LTE.dtype)
-        window = self.settings.window
-        votes_LJTE = overlap_votes(
-            routing.hot_LTE, before_LTE, residual_LTE, routing.offsets, horizon, self.top_k, window
-        )
-        return guess_LTE + (votes_LJTE * self.voted_LJ[..., None, None].to(guess_LTE.dtype)).sum(dim=1)
 
     def _evidence(
         self, routing: Routing, before_LTE: Tensor, horizon: int, generator: torch.Generator | None

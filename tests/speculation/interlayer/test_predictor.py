@@ -7,7 +7,7 @@ import torch
 from groundwork.errors import ConfigurationError
 from speculation import Predictor, RoutingBatch, create
 from speculation.counted import count_routing
-from speculation.interlayer import InterLayer
+from speculation.interlayer.predictor import InterLayer
 from speculation.metrics import token_values
 from speculation.predictor import RoutingShape
 from traces.reader import TraceDataset
@@ -19,8 +19,6 @@ PARTS: list[dict[str, Any]] = [
     {"tokens": True},
     {"copy_heads": 0, "context_size": 0},
     {"weights": False, "copy_heads": 1, "window": 4},
-    {"overlap_votes": True},
-    {"overlap_votes": True, "copy_heads": 0, "window": 4},
 ]
 
 
@@ -175,11 +173,11 @@ def test_the_default_has_at_most_six_million_parameters_on_the_models_it_is_meas
 
 
 def test_muon_trains_matrices_only_and_adamw_what_is_no_matrix() -> None:
-    predictor = untrained(RoutingShape(4, 8, 2), path_size=8, layer_heads=2, tokens=True, overlap_votes=True)
+    predictor = untrained(RoutingShape(4, 8, 2), path_size=8, layer_heads=2, tokens=True)
     names = set(predictor.muon_parameters(predictor.network))
     rest = {name for name, _ in predictor.network.named_parameters()} - names
     assert rest == {
-        *("place_HLD", "recent_LR", "bias_LE", "token_BN", "copied_LH", "log_copied_LH", "voted_LJ"),
+        *("place_HLD", "recent_LR", "bias_LE", "token_BN", "copied_LH", "log_copied_LH"),
         *("copy.sharpness_LH", "copy.empty_LHD", "context.blocks.0.sharpness_H", "context.blocks.1.sharpness_H"),
     }
 

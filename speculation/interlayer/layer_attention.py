@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from speculation.layered import table, unit
+from speculation.networks.layered import table, unit
 
 
 class LayerAttention(nn.Module):

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from speculation.layered import table, token_before, unit
-from speculation.windowed_attention import attend, geometric
+from speculation.networks.layered import table, token_before, unit
+from speculation.networks.windowed_attention import attend, geometric
 
 
 class CopyAttention(nn.Module):

@@ -7,7 +7,7 @@ import torch
 
 from groundwork.errors import ConfigurationError
 from speculation import RoutingBatch
-from speculation.losses import LOSSES, NEED_WEIGHTS, routing_loss
+from speculation.networks.losses import LOSSES, NEED_WEIGHTS, routing_loss
 
 LOGITS = [1.0, 2.0, 0.5, -1.0]
 CHOSEN = [2, 0]

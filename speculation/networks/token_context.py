@@ -9,8 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from speculation.layered import drop, gelu, table, unit
-from speculation.windowed_attention import Slopes, attend, geometric
+from speculation.networks.layered import drop, gelu, table, unit
+from speculation.networks.windowed_attention import Slopes, attend, geometric
 
 
 class TokenContext(nn.Module):

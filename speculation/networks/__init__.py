@@ -1,0 +1,1 @@
+"""Parts that the networks of several predictors are built from."""
