@@ -6,7 +6,8 @@ from pathlib import Path
 from groundwork.errors import ConfigurationError
 
 RUN = "traces"
-PREDICTORS = ("gate_lookahead", "interlayer")
+PREDICTORS = ("gate_lookahead", "statistics", "interlayer", "foresight")
+MAX_MINUTES = {"interlayer": "1", "foresight": "0.5"}
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
 
@@ -49,4 +50,4 @@ def steps(output_dir: Path) -> list[list[str]]:
 
 
 def _limit(predictor: str) -> list[str]:
-    return ["--max_minutes", "1.5"] if predictor == "interlayer" else []
+    return ["--max_minutes", MAX_MINUTES[predictor]] if predictor in MAX_MINUTES else []

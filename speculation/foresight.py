@@ -26,7 +26,7 @@ from speculation.counted import RoutingCounts
 from speculation.features import RoutingBatch, bucketed, decayed_usage, multi_hot
 from speculation.networks.horizons import draw_horizon
 from speculation.networks.layered import drop, gelu, table, token_before, unit, working_dtype
-from speculation.networks.losses import set_softmax
+from speculation.networks.losses import routing_loss
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 
@@ -42,6 +42,7 @@ class ForesightOptions:
     token_dropout: float = 0.1  # share of training tokens shown without their id, so that traces without ids do
     dropout: float = 0.1
     decays: tuple[float, ...] = (0.5, 0.8, 0.95, 0.99)
+    order_share: float = 0.3  # the lookahead logits know the first choice best; less forgets it, more costs recall
 
 
 @register
@@ -51,6 +52,7 @@ class Foresight(NeuralPredictor):
     name = "foresight"
     requires = frozenset({"ids", "lookahead"})
     uses = frozenset({"tokens"})
+    learns_from = frozenset({"weights"})
     longest_piece = 640
 
     def __init__(self, **options: Any) -> None:
@@ -87,7 +89,7 @@ class Foresight(NeuralPredictor):
         return scores.float()
 
     def loss(self, logits_TLE: Tensor, batch: RoutingBatch) -> Tensor:
-        return set_softmax(logits_TLE.float(), batch)
+        return routing_loss("set", logits_TLE, batch, self.settings.order_share)
 
     def sample_horizon(self, generator: torch.Generator) -> int:
         assert self.shape_ is not None

@@ -29,6 +29,7 @@ class NeuralPredictor(Predictor):
     """
 
     longest_piece: int | None = None
+    learns_from: frozenset[str] = frozenset()  # columns that only the loss reads, where they are there
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from speculation.features import RoutingBatch
 from speculation.interlayer.live import InterLayerLive
 from speculation.interlayer.network import InterLayerNetwork
 from speculation.live import LiveState
-from speculation.networks.losses import NEED_WEIGHTS, check_loss, routing_loss
+from speculation.networks.losses import NEED_WEIGHTS, ORDER_SHARE, check_loss, routing_loss
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 
@@ -46,8 +46,8 @@ class InterLayerOptions:
     tokens: bool = False
     token_buckets: int = 8192
     token_size: int = 64
-    loss: str = "set"
-    order_share: float = 0.1  # of the loss that puts the first choice first, where weights tell it
+    loss: str = "membership"
+    order_share: float = ORDER_SHARE  # of the loss that puts the first choice first, where weights tell it
     dropout: float = 0.15
     weight_dropout: float = 0.3  # share of training sequences shown without routing weights
     token_dropout: float = 0.1  # share of training tokens shown without their id

@@ -61,6 +61,8 @@ def first_choice(logits_TLE: Tensor, batch: RoutingBatch) -> Tensor:
     return -F.log_softmax(logits_TLE.gather(2, batch.expert_ids_TLK), dim=2)[:, :, 0].mean()
 
 
+ORDER_SHARE = 0.1  # of `first_choice` beside another loss: the first choice is found far more often, sets as often
+
 LOSSES: dict[str, Callable[[Tensor, RoutingBatch], Tensor]] = {
     "set": set_softmax,
     "membership": membership,

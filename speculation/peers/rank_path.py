@@ -8,8 +8,9 @@ held-out problems.
 
 Ours embeds all K ranks of the last `reach` layers, normalises by layer instead of by batch (a score must not depend on
 what it is packed with), starts its output at the layers' frequencies, and is trained on the whole set with a softmax
-against K targets. It is given more than the original and is split by sequence, so it stands for the idea at its
-best; like the original it sees nothing of earlier tokens. Where `expert_order` is unknown, rank is the stored order.
+against K targets, and a little on which of them came first. It is given more than the original and is split by
+sequence, so it stands for the idea at its best; like the original it sees nothing of earlier tokens. Where
+`expert_order` is unknown, rank is the stored order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from speculation.counted import RoutingCounts
 from speculation.features import RoutingBatch
 from speculation.networks.horizons import draw_horizon
 from speculation.networks.layered import drop, table
-from speculation.networks.losses import set_softmax
+from speculation.networks.losses import ORDER_SHARE, routing_loss
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 
@@ -71,7 +72,7 @@ class RankPath(NeuralPredictor):
         return scores.float()
 
     def loss(self, logits_TLE: Tensor, batch: RoutingBatch) -> Tensor:
-        return set_softmax(logits_TLE.float(), batch)
+        return routing_loss("set", logits_TLE, batch, ORDER_SHARE)
 
     def sample_horizon(self, generator: torch.Generator) -> int:
         assert self.shape_ is not None

@@ -125,7 +125,9 @@ class Training:
             average = {name: each.detach().clone() for name, each in module.named_parameters()}
         optimizer = MuonAdamW(module, predictor.muon_parameters(module), settings.learning_rate)
         self.weights = Weights(module, optimizer, average, {})
-        self.columns = frozenset(predictor.sees(dataset.available)) & OPTIONAL_COLUMNS
+        self.columns = (
+            frozenset(predictor.sees(dataset.available)) | (predictor.learns_from & dataset.available)
+        ) & OPTIONAL_COLUMNS
         self.state = Progress()
         self.clock: Callable[[], float] = time.monotonic
         self.step_done: Callable[[], None] = lambda: None
