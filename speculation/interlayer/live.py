@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from speculation.interlayer.network import COPY_FLOOR, InterLayerNetwork, token_bucket
@@ -105,9 +104,6 @@ class Lane:
             self.context_memory = torch.zeros(memory, device=device)
         if settings.path_size:
             self.path_P = torch.zeros(settings.path_size, device=device)
-        if network.layer_attention is not None:
-            size = settings.hidden_size // settings.layer_heads
-            self.layer_memory = torch.zeros(2, settings.layer_heads, layers, size, device=device)
 
     @torch.inference_mode()
     def begin_token(self, token_id: int | None) -> None:
@@ -169,13 +165,6 @@ class Lane:
             copied_HE = torch.softmax(match_HW + penalty[0], dim=-1) @ self.sets_LWE[layer, :seen]
             self.keys_LHWX[layer, :, self.copy_ring.slot(token + 1)] = key_HX
             hidden_D = hidden_D + gelu(torch.addmv(evidence_D, network.copied_LXD[layer].t(), copied_HE.view(-1)))
-        if network.layer_attention is not None:
-            query, *memory = network.layer_attention.project(hidden_D[None, None])
-            for kept, new in zip(self.layer_memory, memory, strict=True):
-                kept[:, layer] = new[0, :, 0]
-            keys, values = self.layer_memory[:, None, :, : layer + 1]
-            mixed = F.scaled_dot_product_attention(query, keys, values)
-            hidden_D = hidden_D + mixed.flatten() @ network.layer_attention.out_DD
         if not with_scores:
             return
         inner_M = gelu(unit(hidden_D) @ network.up_LDM[layer])

@@ -3,7 +3,7 @@
 1. Evidence for (token t, layer l): the sets of the layers below in decoding order, the token before's set at l, decayed
    usage at l, a context of all earlier tokens; each through layer l's own table, added up.
 2. Copy attention: the sets that layer l chose at earlier tokens with like evidence, into hidden state and scores.
-3. One MLP for each layer, and a head that starts from the logarithm of each expert's frequency.
+3. One MLP for each layer, and a head that starts from what each expert's frequency says under the loss.
 
 What horizon h hides: in 1, the h - 1 layers nearest below, and for layers below h - 1 the token before's part of the
 context, whose top layers are not known then. All else builds on the evidence or on tokens before. Cost per token is
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from speculation.features import RoutingBatch, decayed_usage
 from speculation.interlayer.copy_attention import CopyAttention
-from speculation.interlayer.layer_attention import LayerAttention
 from speculation.networks.layered import drop, gelu, table, token_before, unit, working_dtype
 from speculation.networks.token_context import TokenContext
 from speculation.predictor import MAX_HORIZON, RoutingShape
@@ -90,7 +89,7 @@ class InterLayerNetwork(nn.Module):
         settings: InterLayerOptions,
         columns: frozenset[str],
         generator: torch.Generator,
-        frequency_LE: Tensor,
+        bias_LE: Tensor,
     ) -> None:
         super().__init__()
         layers, experts, hidden = shape.num_layers, shape.num_experts, settings.hidden_size
@@ -103,7 +102,7 @@ class InterLayerNetwork(nn.Module):
         self.below_LXD = table(generator, layers, (self.reach + weighted) * experts, hidden, scale=scale)
         self.before_LXD = table(generator, layers, (1 + weighted + rates) * experts, hidden, scale=scale)
         self.place_HLD = table(generator, self.horizons, layers, hidden, scale=0.1)
-        self.context = self.copy = self.layer_attention = None
+        self.context = self.copy = None
         if settings.context_size:
             size = settings.context_size
             scale_in = (shape.top_k * layers) ** -0.5
@@ -129,14 +128,12 @@ class InterLayerNetwork(nn.Module):
             self.copied_LXD = table(generator, layers, settings.copy_heads * experts, hidden, scale=scale)
             self.copied_LH = nn.Parameter(torch.zeros(layers, settings.copy_heads))
             self.log_copied_LH = nn.Parameter(torch.full((layers, settings.copy_heads), 0.1))
-        if settings.layer_heads:
-            self.layer_attention = LayerAttention(hidden, settings.layer_heads, generator)
         self.up_LDM = table(generator, layers, hidden, settings.mlp_size, scale=hidden**-0.5)
         self.down_LMD = table(generator, layers, settings.mlp_size, hidden, scale=0.5 * settings.mlp_size**-0.5)
         self.head_LDE = table(generator, layers, hidden, experts, scale=0.02)
         # An expert's own recent use speaks for it directly; hidden_size may be below E.
         self.recent_LR = nn.Parameter(torch.zeros(layers, 1 + rates))
-        self.bias_LE = nn.Parameter(frequency_LE.clamp_min(1e-4).log())
+        self.bias_LE = nn.Parameter(bias_LE)
 
     def forward(self, batch: RoutingBatch, horizon: int, generator: torch.Generator | None) -> Tensor:
         """Scores float32 (T, L, E); products are computed in autocast's precision where that is on."""
@@ -160,8 +157,6 @@ class InterLayerNetwork(nn.Module):
             copied_LHTE = self.copy(hidden_LTD, before_LTE, routing.offsets, routing.starts_S)
             found_LTD = torch.bmm(copied_LHTE.transpose(1, 2).flatten(2), self.copied_LXD.to(dtype))
             hidden_LTD = hidden_LTD + gelu(evidence_LTD + found_LTD)
-        if self.layer_attention is not None:
-            hidden_LTD = hidden_LTD + drop(self.layer_attention(hidden_LTD), settings.dropout, generator)
         inner_LTM = gelu(torch.bmm(unit(hidden_LTD), self.up_LDM.to(dtype)))
         hidden_LTD = hidden_LTD + drop(torch.bmm(inner_LTM, self.down_LMD.to(dtype)), settings.dropout, generator)
         last_LTD = drop(unit(hidden_LTD), settings.dropout, generator)

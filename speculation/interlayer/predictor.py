@@ -19,7 +19,7 @@ from speculation.features import RoutingBatch
 from speculation.interlayer.live import InterLayerLive
 from speculation.interlayer.network import InterLayerNetwork
 from speculation.live import LiveState
-from speculation.networks.losses import NEED_WEIGHTS, ORDER_SHARE, check_loss, routing_loss
+from speculation.networks.losses import NEED_WEIGHTS, ORDER_SHARE, check_loss, routing_loss, scores_of_frequency
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 
@@ -40,7 +40,6 @@ class InterLayerOptions:
     context_blocks: int = 2
     context_heads: int = 4
     path_size: int = 64  # width of the sum over all layers below; 0: none
-    layer_heads: int = 0  # heads of attention over the layers below; 0: none
     window: int = 1024  # tokens that attention reaches back
     weights: bool = True
     tokens: bool = False
@@ -57,14 +56,13 @@ class InterLayerOptions:
         check_loss(self.loss)
         if self.loss in NEED_WEIGHTS and not self.weights:
             raise ConfigurationError(f"loss {self.loss} needs routing weights, but option weights is off")
-        for size, heads in (("context_size", "context_heads"), ("hidden_size", "layer_heads")):
-            if getattr(self, heads) and getattr(self, size) % getattr(self, heads):
-                raise ConfigurationError(
-                    f"{size} {getattr(self, size)} is no multiple of {heads} {getattr(self, heads)}"
-                )
         for name in ("hidden_size", "mlp_size", "reach", "window", "context_heads", "token_buckets", "token_size"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.context_size % self.context_heads:
+            raise ConfigurationError(
+                f"context_size {self.context_size} is no multiple of context_heads {self.context_heads}"
+            )
 
 
 @register
@@ -90,7 +88,8 @@ class InterLayer(NeuralPredictor):
             frequency_LE = torch.full((shape.num_layers, shape.num_experts), 1 / shape.num_experts)
         else:
             frequency_LE = counts.frequency_LE()
-        return InterLayerNetwork(shape, self.settings, self.uses, generator, frequency_LE)
+        bias_LE = scores_of_frequency(self.settings.loss, frequency_LE, shape.top_k)
+        return InterLayerNetwork(shape, self.settings, self.uses, generator, bias_LE)
 
     def logits(self, batch: RoutingBatch, horizon: int, generator: torch.Generator | None) -> Tensor:
         return self.network(batch, horizon, generator)  # type: ignore[no-any-return]
@@ -118,8 +117,7 @@ class InterLayer(NeuralPredictor):
         inputs = (2 * settings.reach + 4 * rates + 12 + 4 * heads) * experts
         inner = 24 * settings.hidden_size + 4 * settings.mlp_size + 6 * heads * settings.copy_key_size
         context = settings.context_blocks * (24 * settings.context_size + 2 * settings.context_heads * LONGEST_PIECE)
-        layer_attention = settings.layer_heads * (shape.num_layers + 8 * settings.hidden_size)
-        return 4 * (shape.num_layers * (attended + inputs + inner + layer_attention) + context)
+        return 4 * (shape.num_layers * (attended + inputs + inner) + context)
 
     @property
     def network(self) -> InterLayerNetwork:

@@ -93,3 +93,10 @@ def routing_loss(name: str, logits_TLE: Tensor, batch: RoutingBatch, order_share
     logits_TLE = logits_TLE.float()
     loss = LOSSES[name](logits_TLE, batch)
     return loss + order_share * first_choice(logits_TLE, batch) if known and order_share else loss
+
+
+def scores_of_frequency(name: str, frequency_LE: Tensor, top_k: int) -> Tensor:
+    """The scores (L, E) that fit shares of a layer's choices best under a loss, where nothing else is known."""
+    if name == "membership":
+        return (frequency_LE * top_k).clamp(1e-4, 1 - 1e-4).logit()
+    return frequency_LE.clamp_min(1e-4).log()

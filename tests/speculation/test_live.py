@@ -61,7 +61,7 @@ def test_live_scores_equal_the_batch_scores_at_every_horizon(
 @pytest.mark.parametrize(
     "options",
     [
-        {"path_size": 8, "layer_heads": 2, "tokens": True, "window": 5, "reach": 2},
+        {"path_size": 8, "tokens": True, "window": 5, "reach": 2},
         {"copy_heads": 0, "context_size": 0, "weights": False},
         {"copy_heads": 1, "decays": [0.9]},
     ],

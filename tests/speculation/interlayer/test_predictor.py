@@ -15,7 +15,7 @@ from traces.reader import TraceDataset
 SMALL = {"hidden_size": 16, "mlp_size": 16, "copy_key_size": 8, "context_size": 16}
 PARTS: list[dict[str, Any]] = [
     {},
-    {"path_size": 8, "layer_heads": 2, "reach": 3},
+    {"path_size": 8, "reach": 3},
     {"tokens": True},
     {"copy_heads": 0, "context_size": 0},
     {"weights": False, "copy_heads": 1, "window": 4},
@@ -173,7 +173,7 @@ def test_the_default_has_at_most_six_million_parameters_on_the_models_it_is_meas
 
 
 def test_muon_trains_matrices_only_and_adamw_what_is_no_matrix() -> None:
-    predictor = untrained(RoutingShape(4, 8, 2), path_size=8, layer_heads=2, tokens=True)
+    predictor = untrained(RoutingShape(4, 8, 2), path_size=8, tokens=True)
     names = set(predictor.muon_parameters(predictor.network))
     rest = {name for name, _ in predictor.network.named_parameters()} - names
     assert rest == {
@@ -184,7 +184,6 @@ def test_muon_trains_matrices_only_and_adamw_what_is_no_matrix() -> None:
 
 def test_options_that_do_not_fit_together_are_refused() -> None:
     for options, message in (
-        ({"hidden_size": 10, "layer_heads": 4}, "hidden_size 10 is no multiple of layer_heads 4"),
         ({"context_size": 10}, "context_size 10 is no multiple of context_heads 4"),
         ({"loss": "rank"}, "loss rank: unknown; choose one of set"),
         ({"loss": "ranks", "weights": False}, "loss ranks needs routing weights, but option weights is off"),
