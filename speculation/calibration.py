@@ -1,7 +1,7 @@
 """Whether scores mean what they say: reliability tables, expected calibration error, and a fit that makes them say it.
 
-Scores become probabilities that an expert is in the set by one logistic curve per layer over the log-odds of their
-softmax, which changes no ranking. A tally sums, per sequence and fine bin of probability, how often, how sure and how
+Scores become probabilities that an expert is in the set by one logistic curve per layer over their log-odds, which
+changes no ranking. A tally sums, per sequence and fine bin of probability, how often, how sure and how
 right the scores were; fine bins are joined to bins of equal mass at the end, so memory does not grow with tokens, and
 sequences can be resampled.
 """
@@ -25,14 +25,9 @@ LOG_ODDS = 12.0
 BINS = 15  # Guo et al. 2017 (1706.04599)
 
 
-def log_shares(scores_TLE: Tensor) -> Tensor:
-    """Scores as log-softmax over experts: comparable across tokens, ranked as before."""
-    return torch.log_softmax(scores_TLE.float(), dim=-1)
-
-
-def log_odds(scores_TLE: Tensor) -> Tensor:
+def softmax_log_odds(logits_TLE: Tensor) -> Tensor:
     """Log-odds of the softmax over experts; unlike its log, they go on growing where one expert is all but certain."""
-    shares_TLE = log_shares(scores_TLE).clamp_max(-1e-6)
+    shares_TLE = torch.log_softmax(logits_TLE.float(), dim=-1).clamp_max(-1e-6)
     return shares_TLE - (-torch.expm1(shares_TLE)).log()
 
 
@@ -46,21 +41,20 @@ class PlattScaling:
     curves_L2: Tensor
 
     @classmethod
-    def fit(cls, scores_TLE: Tensor, expert_ids_TLK: Tensor) -> PlattScaling:
-        """Fits on scores of sequences that neither the predictor nor its figures have seen."""
-        odds_TLE = log_odds(scores_TLE)
-        chosen_TLE = multi_hot(expert_ids_TLK, scores_TLE.shape[2])
+    def fit(cls, odds_TLE: Tensor, expert_ids_TLK: Tensor) -> PlattScaling:
+        """Fits on `Predictor.log_odds` of sequences that neither the predictor nor its figures have seen."""
+        chosen_TLE = multi_hot(expert_ids_TLK, odds_TLE.shape[2])
         curves = [
             logistic(odds_TLE[:, layer].reshape(-1, 1), chosen_TLE[:, layer].flatten())
-            for layer in range(scores_TLE.shape[1])
+            for layer in range(odds_TLE.shape[1])
         ]
         curves_L2 = torch.stack(curves)
         curves_L2[:, 0].clamp_min_(1e-3)
         return cls(curves_L2)
 
-    def probabilities(self, scores_TLE: Tensor) -> Tensor:
-        """P(in the set), float32 (T, L, E), ranked as the scores are."""
-        return torch.sigmoid(log_odds(scores_TLE) * self.curves_L2[:, :1] + self.curves_L2[:, 1:])
+    def probabilities(self, odds_TLE: Tensor) -> Tensor:
+        """P(in the set), float32 (T, L, E), ranked as the log-odds are."""
+        return torch.sigmoid(odds_TLE * self.curves_L2[:, :1] + self.curves_L2[:, 1:])
 
 
 def logistic(features_XF: Tensor, chosen_X: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def baselines_from(counts: RoutingCounts, shape: RoutingShape) -> dict[str, Pred
 class CountedPredictor(Predictor):
     """A predictor whose whole state follows from RoutingCounts."""
 
-    scores_are_shares = True
+    score_scale = "shares"
 
     def fit(self, dataset: TraceDataset, *, split: str = "train", hold_out: Collection[str] = ()) -> Self:
         self.check_columns(dataset, "the traces")

@@ -1,6 +1,6 @@
 """ensemble: several predictors stacked by logistic regression per layer and horizon, with calibrated confidence.
 
-A member enters with the logarithm and the value of its softmax-normalised scores. The weights are fitted on
+A member enters with its log-odds and the probability that they mean. The weights are fitted on
 `validation_fit`, which no member was trained on, against membership of the set; so a score is a log-odds, its sigmoid
 the probability that the expert is in the set. Stacking: Wolpert 1992.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from groundwork.errors import ConfigurationError
 from groundwork.progress import Progress, log, progress
-from speculation.calibration import log_shares, logistic
+from speculation.calibration import logistic
 from speculation.features import RoutingBatch, multi_hot, packed_batches
 from speculation.live import LiveState
 from speculation.predictor import (
@@ -41,6 +41,7 @@ class Ensemble(Predictor):
     """Predictors of one model stacked; `members` are folders, or what `options` gave for members stored inside."""
 
     name = "ensemble"
+    score_scale = "log_odds"
 
     def __init__(self, members: Sequence[str | Path | Mapping[str, Any]] = ()) -> None:
         super().__init__()
@@ -107,9 +108,9 @@ class Ensemble(Predictor):
         self.set_weights_[horizon] = torch.stack(sets)
 
     def _features(self, batch: RoutingBatch, horizon: int) -> Tensor:
-        """Log-softmax and softmax of each member's scores, (T, L, E, 2 M)."""
-        logs = [log_shares(member.as_logits(member.predict_scores(batch, horizon))) for member in self.members]
-        return torch.stack([*logs, *(log.exp() for log in logs)], dim=-1)
+        """Log-odds and probability of each member's scores, (T, L, E, 2 M)."""
+        odds = [member.log_odds(member.predict_scores(batch, horizon)) for member in self.members]
+        return torch.stack([*odds, *(each.sigmoid() for each in odds)], dim=-1)
 
     def _combine(self, features_XLEF: Tensor, horizon: int) -> Tensor:
         weights_LF = self.weights_[horizon]
@@ -141,11 +142,9 @@ class Ensemble(Predictor):
     def predict_next(self, state: LiveState, horizon: int = 1) -> Tensor:
         assert isinstance(state, EnsembleLive)
         pairs = zip(self.members, state.members, strict=True)
-        logs_ME = log_shares(
-            torch.stack([member.as_logits(member.predict_next(each, horizon)) for member, each in pairs])
-        )
+        odds_ME = torch.stack([member.log_odds(member.predict_next(each, horizon)) for member, each in pairs])
         weights_F = self.weights_[horizon][state.target(horizon)[1]]
-        return weights_F[:-1] @ torch.cat([logs_ME, logs_ME.exp()]) + weights_F[-1]
+        return weights_F[:-1] @ torch.cat([odds_ME, odds_ME.sigmoid()]) + weights_F[-1]
 
     def state(self) -> dict[str, Tensor]:
         tensors = {f"weights_{horizon}": weights for horizon, weights in self.weights_.items()}

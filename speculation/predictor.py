@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from groundwork import atomic
 from groundwork.errors import ConfigurationError
-from speculation.calibration import PlattScaling
+from speculation.calibration import PlattScaling, softmax_log_odds
 from speculation.features import RoutingBatch
 from speculation.live import LiveState
 from traces.reader import TraceDataset
@@ -62,7 +62,7 @@ class Predictor(ABC):
     name: ClassVar[str]
     requires: frozenset[str] = frozenset({"ids"})
     uses: frozenset[str] = frozenset()
-    scores_are_shares: ClassVar[bool] = False  # not below 0, and twice the score means twice as likely; else logits
+    score_scale: Literal["logits", "log_odds", "shares"] = "logits"  # of a softmax; of being in the set; not below 0
 
     def __init__(self) -> None:
         self.shape_: RoutingShape | None = None
@@ -96,11 +96,13 @@ class Predictor(ABC):
     def probabilities(self, scores_TLE: Tensor, horizon: int = 1) -> Tensor | None:
         """P(in the set) of such scores, float32 (T, L, E), ranked as they are; None where it is not calibrated."""
         scaling = self.calibration_.get(horizon)
-        return None if scaling is None else scaling.probabilities(self.as_logits(scores_TLE))
+        return None if scaling is None else scaling.probabilities(self.log_odds(scores_TLE))
 
-    def as_logits(self, scores_TLE: Tensor) -> Tensor:
-        """Scores on a scale of which a softmax makes sense, ranked as they are."""
-        return scores_TLE.clamp_min(1e-6).log() if self.scores_are_shares else scores_TLE
+    def log_odds(self, scores_TLE: Tensor) -> Tensor:
+        """Scores as log-odds, ranked as they are: those of being in the set where the scale tells, else of a softmax."""
+        if self.score_scale == "log_odds":
+            return scores_TLE
+        return softmax_log_odds(scores_TLE.clamp_min(1e-6).log() if self.score_scale == "shares" else scores_TLE)
 
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON holds them."""

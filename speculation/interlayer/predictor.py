@@ -77,6 +77,7 @@ class InterLayer(NeuralPredictor):
         if "decays" in options:
             options["decays"] = tuple(options["decays"])
         self.settings = InterLayerOptions(**options)
+        self.score_scale = "log_odds" if self.settings.loss == "membership" else "logits"
         self.longest_piece = min(LONGEST_PIECE, self.settings.window)
         self.uses = frozenset(column for column in ("weights", "tokens") if getattr(self.settings, column))
 

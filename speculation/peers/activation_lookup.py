@@ -37,7 +37,7 @@ class ActivationLookup(Predictor):
     """The nearest representative's use of a layer; a sequence's first steps, still without evidence, get the mean's."""
 
     name = "activation_lookup"
-    scores_are_shares = True
+    score_scale = "shares"
 
     def __init__(self, capacity: int = 128, max_requests: int = 4096) -> None:
         super().__init__()

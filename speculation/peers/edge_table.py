@@ -36,7 +36,7 @@ class EdgeTable(Predictor):
     """Mean of the pairs' rows; steps without two steps before them get their layer's frequencies."""
 
     name = "edge_table"
-    scores_are_shares = True
+    score_scale = "shares"
 
     def __init__(self, table_mb: float = 64.0) -> None:
         super().__init__()

@@ -54,6 +54,7 @@ class TokenTransformer(NeuralPredictor):
     """The transformer above as a predictor; layers that are scored before the token is known go by the one before."""
 
     name = "token_transformer"
+    score_scale = "log_odds"
     requires = frozenset({"ids", "tokens"})
     longest_piece = 512
 

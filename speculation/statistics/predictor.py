@@ -43,6 +43,7 @@ class Statistics(Predictor):
     """
 
     name = "statistics"
+    score_scale = "log_odds"
 
     def __init__(self, tokens: bool = True, window: int = 1024) -> None:
         super().__init__()

@@ -35,11 +35,11 @@ def calibrate(predictor: Predictor, dataset: TraceDataset) -> None:
     columns = sorted(frozenset(predictor.sees(dataset.available)) & OPTIONAL_COLUMNS)
     horizons = range(1, min(MAX_HORIZON, stored, spec.num_layers - 1) + 1)
     for horizon in horizons:
-        scores, ids = [], []
+        odds, ids = [], []
         bar: Progress[None] = progress(description=f"calibrating, {horizon} ahead", unit="tokens")
         with bar:
             for _, batch in packed_batches(dataset.sequences(SPLIT, columns), spec, BATCH_TOKENS):
-                scores.append(predictor.as_logits(predictor.predict_scores(batch, horizon)[::stride]))
+                odds.append(predictor.log_odds(predictor.predict_scores(batch, horizon)[::stride]))
                 ids.append(batch.expert_ids_TLK[::stride])
                 bar.update(batch.num_tokens)
-        predictor.calibration_[horizon] = PlattScaling.fit(torch.cat(scores), torch.cat(ids))
+        predictor.calibration_[horizon] = PlattScaling.fit(torch.cat(odds), torch.cat(ids))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from speculation.calibration import BINS, PlattScaling, ReliabilityTally, log_shares
+from speculation.calibration import BINS, PlattScaling, ReliabilityTally, softmax_log_odds
 from speculation.features import RoutingBatch
 
 
@@ -58,10 +58,11 @@ def test_platt_scaling_makes_scores_honest_without_changing_their_order() -> Non
     probability = torch.rand(6000, generator=generator) * 0.9 + 0.05
     batch = cases(probability, generator, [6000])
     scores = 5 * both(probability).log() + 3  # five times too sure
-    scaling = PlattScaling.fit(scores, batch.expert_ids_TLK)
-    found = scaling.probabilities(scores)
+    odds = softmax_log_odds(scores)
+    scaling = PlattScaling.fit(odds, batch.expert_ids_TLK)
+    found = scaling.probabilities(odds)
     before, after = ReliabilityTally(), ReliabilityTally()
-    before.add(log_shares(scores).exp(), batch)
+    before.add(scores.softmax(dim=2), batch)
     after.add(found, batch)
     errors = [tally.result(resamples=0)["expected_calibration_error"]["value"] for tally in (before, after)]
     assert errors[1] < 0.02
