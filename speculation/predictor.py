@@ -99,7 +99,7 @@ class Predictor(ABC):
         return None if scaling is None else scaling.probabilities(self.log_odds(scores_TLE))
 
     def log_odds(self, scores_TLE: Tensor) -> Tensor:
-        """Scores as log-odds, ranked as they are: those of being in the set where the scale tells, else of a softmax."""
+        """Scores as log-odds, ranked as they are: of being in the set where the scale tells, else of a softmax."""
         if self.score_scale == "log_odds":
             return scores_TLE
         return softmax_log_odds(scores_TLE.clamp_min(1e-6).log() if self.score_scale == "shares" else scores_TLE)
