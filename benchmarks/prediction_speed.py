@@ -2,10 +2,13 @@
 
     .venv/bin/python benchmarks/prediction_speed.py --shard_dir RUN --predictor_dir DIR [--predictor_dir DIR ...]
         [--hidden_size 2880 --intermediate_size 2880 --bits_per_weight 4.25] [--bandwidth_gb_s 25] [--tokens 217]
+        [--context 0] [--device cpu]
 
 One sequence is decoded live, `predict_next` before every layer and `observe` after it, on one processor core. Printed
 for each predictor, in microseconds per layer: median and 95th percentile of predictions, the median of what
 observing costs beside them, and both together as a share of one expert's transfer; and recall at K of a whole split.
+`--context` has so many tokens observed before, the sequence's own over and over: 1024 fill interlayer's window.
+`--device` is where neural predictors compute; on a GPU interlayer computes its scores while it observes.
 An expert has three matrices of hidden_size x intermediate_size: gpt-oss-20b as above (MXFP4, 4.25 bits with scales)
 13 MB, 0.53 ms at 25 GB/s; Mixtral-8x7B in NF4 --hidden_size 4096 --intermediate_size 14336 --bits_per_weight 4.127
 (double quantisation) 91 MB, 3.6 ms.
@@ -21,8 +24,10 @@ import torch
 
 from groundwork.atomic import write_json
 from groundwork.errors import ConfigurationError
+from groundwork.hardware import choose_device, describe_device
 from speculation.evaluation import evaluate
 from speculation.features import RoutingBatch
+from speculation.neural import NeuralPredictor
 from speculation.predictor import Predictor, load_predictors
 from traces.reader import TraceDataset
 
@@ -35,6 +40,8 @@ MATRICES = 3  # gate, up and down
 @click.option("--predictor_dir", required=True, multiple=True, type=click.Path(path_type=Path))
 @click.option("--split", default="validation_stop", show_default=True, help="Split of the sequence and of the recall.")
 @click.option("--tokens", default=217, show_default=True, help="Length of the sequence that is decoded.")
+@click.option("--context", default=0, show_default=True, help="Tokens observed before those.")
+@click.option("--device", default="cpu", show_default=True, help="Of neural predictors; the others use the CPU.")
 @click.option("--horizon", default=1, show_default=True)
 @click.option("--hidden_size", default=2880, show_default=True)
 @click.option("--intermediate_size", default=2880, show_default=True)
@@ -46,6 +53,8 @@ def main(
     predictor_dir: tuple[Path, ...],
     split: str,
     tokens: int,
+    context: int,
+    device: str,
     horizon: int,
     hidden_size: int,
     intermediate_size: int,
@@ -57,6 +66,10 @@ def main(
     torch.set_num_threads(1)
     dataset = TraceDataset(shard_dir)
     predictors = load_predictors(predictor_dir)
+    place = choose_device(device)
+    for predictor in predictors.values():
+        if isinstance(predictor, NeuralPredictor):
+            predictor.to(place)
     expert_bytes = MATRICES * hidden_size * intermediate_size * bits_per_weight / 8
     transfer = expert_bytes / bandwidth_gb_s / 1e9 * 1e6
     batch = _sequence(dataset, split, tokens)
@@ -64,13 +77,13 @@ def main(
     top_k = str(dataset.spec.top_k)
     print(
         f"One expert: {expert_bytes / 1e6:.1f} MB, {transfer:.0f} us at {bandwidth_gb_s:g} GB/s. "
-        f"{batch.num_tokens} tokens decoded, {horizon} ahead, one core.\n\n"
+        f"{batch.num_tokens} tokens decoded after {context}, {horizon} ahead, one core, {describe_device(place)}.\n\n"
         f"| predictor | predict, median us | p95 us | observe, median us | share of a transfer | recall@{top_k} |\n"
         "|---|---|---|---|---|---|"
     )
     found: dict[str, Any] = {}
     for name, predictor in predictors.items():
-        predict, observe = _decode(predictor, batch, horizon)
+        predict, observe = _decode(predictor, batch, horizon, context)
         figures = accuracy["predictors"][name]["recall"][top_k]
         row = {
             "predict_median_us": float(np.median(predict)),
@@ -105,21 +118,23 @@ def _sequence(dataset: TraceDataset, split: str, tokens: int) -> RoutingBatch:
     return RoutingBatch(**cut, offsets=torch.tensor([0, tokens]), num_experts=batch.num_experts)
 
 
-def _decode(predictor: Predictor, batch: RoutingBatch, horizon: int) -> tuple[list[float], list[float]]:
-    """Microseconds of every prediction and every observation after the warm-up."""
+def _decode(predictor: Predictor, batch: RoutingBatch, horizon: int, context: int) -> tuple[list[float], list[float]]:
+    """Microseconds of every prediction and every observation after the context and the warm-up."""
     state = predictor.start()
     predict, observe = [], []
-    for token in range(batch.num_tokens):
+    for place in range(-context, batch.num_tokens):
+        token = place % batch.num_tokens
         state.begin_token(None if batch.token_ids_T is None else int(batch.token_ids_T[token]))
         for layer in range(batch.num_layers):
             weights_K = None if batch.routing_weights_TLK is None else batch.routing_weights_TLK[token, layer]
             lookahead_HE = _lookahead(batch, token, layer)
             started = time.perf_counter()
-            predictor.predict_next(state, horizon)
+            if place >= 0:
+                predictor.predict_next(state, horizon)
             between = time.perf_counter()
             state.observe(batch.expert_ids_TLK[token, layer], weights_K, lookahead_HE)
             ended = time.perf_counter()
-            if token >= WARM_UP * batch.num_tokens:
+            if place >= WARM_UP * batch.num_tokens:
                 predict.append((between - started) * 1e6)
                 observe.append((ended - between) * 1e6)
     return predict, observe
