@@ -34,7 +34,6 @@ def make_spec() -> TraceSpec:
     """Mixtral-8x7B's shape with every column."""
     return TraceSpec(
         model_name="random-routing",
-        model_revision=None,
         num_layers=32,
         num_experts=8,
         top_k=2,
@@ -44,11 +43,6 @@ def make_spec() -> TraceSpec:
         quantization="none",
         model_dtype="float32",
         router_dtype="float32",
-        attn_implementation=None,
-        experts_implementation=None,
-        library_versions={},
-        tokenizer_hash=None,
-        seed=0,
         plan_fingerprint="made up",
         store=("weights", "logits", "lookahead"),
         horizons=1,

@@ -16,9 +16,9 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import click
 import numpy as np
@@ -33,6 +33,8 @@ from traces.reader import TraceDataset
 from traces.schema import SequenceTrace, TraceSpec
 
 ROWS = 65536
+COLUMNS = {"ids": "expert_ids", "weights": "routing_weights"}  # as they are called here and in this format
+ZSTD = {"compression": "zstd", "compression_level": 3}
 Tensors = dict[str, torch.Tensor]  # "ids" and, where the run has them, "weights"
 
 
@@ -71,262 +73,198 @@ class Routing:
         return bits / 8
 
 
+@dataclass(frozen=True)
 class Layout:
-    """One way to store routing: `write` fills a folder, `read` gives tensors from it."""
+    """One way to store routing: `write` fills a folder (None: the run folder as it lies there), `read` gives tensors.
 
-    name: ClassVar[str]
+    `read` yields tensors [T, L, K], part by part in stored order.
+    """
 
-    def write(self, routing: Routing, folder: Path) -> None:
-        """Write all of `routing` below `folder`."""
-        raise NotImplementedError
-
-    def read(self, folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
-        """Yield tensors [T, L, K], part by part in stored order."""
-        raise NotImplementedError
+    name: str
+    write: Callable[[Routing, Path], None] | None
+    read: Callable[[Path, TraceSpec], Iterator[Tensors]]
 
 
-class Pickle(Layout):
-    name = "pickle of int64 and float32 tensors, one a sequence"
-
-    def write(self, routing: Routing, folder: Path) -> None:
-        bounds = np.cumsum(routing.lengths_S)[:-1]
-        parts = [np.split(values, bounds) for values in routing.columns().values()]
-        tensors = [
-            [torch.from_numpy(v.astype(np.float32 if v.dtype == np.float16 else np.int64)) for v in p] for p in parts
-        ]
-        (folder / "all.pkl").write_bytes(pickle.dumps(tensors))
-
-    def read(self, folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
-        with (folder / "all.pkl").open("rb") as file:
-            parts = pickle.load(file)
-        for sequence in zip(*parts, strict=True):
-            yield dict(zip(("ids", "weights"), sequence, strict=False))
+def ours(folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
+    """Read this format's columns, a row group at a time."""
+    names = {name: column for name, column in COLUMNS.items() if column in spec.shapes}
+    for shard in TraceDataset(folder).shards:
+        for group in range(shard.num_row_groups):
+            arrays = shard.lists(group, list(names.values()))
+            yield {name: torch.from_numpy(arrays[column]) for name, column in names.items()}
 
 
-class Table(Layout):
-    """A Parquet layout of one file."""
+def ours_by_sequence(folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
+    """Read this format as training does."""
+    for trace in TraceDataset(folder).sequences():
+        values = {"ids": trace.expert_ids_TLK, "weights": trace.routing_weights_TLK}
+        yield {name: torch.from_numpy(each) for name, each in values.items() if each is not None}
 
-    def options_for(self, routing: Routing) -> dict[str, object]:
-        """Return Parquet settings beside compression."""
-        return {}
 
-    def table(self, routing: Routing) -> pa.Table:
-        """Return the rows to write."""
-        raise NotImplementedError
+def ours_by_arrow(folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
+    """Read this format's files with Arrow alone."""
+    for path in TraceDataset(folder).shard_paths:
+        yield from read_parquet(path, spec, COLUMNS)
 
-    def values(self, column: pa.ChunkedArray, dtype: np.dtype) -> NDArray:
-        """Return a read column's numbers, flat."""
-        raise NotImplementedError
 
-    def row_group(self, routing: Routing) -> int:
-        """Rows of a row group that stand for ROWS tokens."""
-        return ROWS
-
-    def write(self, routing: Routing, folder: Path) -> None:
-        pq.write_table(
-            self.table(routing),
-            folder / "all.parquet",
-            compression="zstd",
-            compression_level=3,
-            row_group_size=self.row_group(routing),
-            **self.options_for(routing),
-        )
-
-    def read(self, folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
-        with pq.ParquetFile(folder / "all.parquet") as file:
-            names = [name for name in file.schema_arrow.names if name in ("ids", "weights")]
-            for group in range(file.num_row_groups):
-                table = file.read_row_group(group, columns=names)
-                yield {
-                    name: torch.from_numpy(
-                        self.values(table[name], spec.id_dtype if name == "ids" else np.dtype(np.float16)).reshape(
-                            -1, spec.num_layers, spec.top_k
-                        )
+def read_parquet(path: Path, spec: TraceSpec, columns: Mapping[str, str] | None = None) -> Iterator[Tensors]:
+    """Read one file's ids and weights with Arrow; `columns` are their names in the file, where they are others."""
+    names = columns or {name: name for name in COLUMNS}
+    with pq.ParquetFile(path) as file:
+        names = {name: column for name, column in names.items() if column in file.schema_arrow.names}
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=list(names.values()))
+            yield {
+                name: torch.from_numpy(
+                    numbers(table[column], spec.id_dtype if name == "ids" else np.dtype(np.float16)).reshape(
+                        -1, spec.num_layers, spec.top_k
                     )
-                    for name in names
-                }
+                )
+                for name, column in names.items()
+            }
 
 
-def _flat(column: pa.ChunkedArray) -> NDArray:
-    arrays = [chunk.flatten() if pa.types.is_nested(chunk.type) else chunk for chunk in column.chunks]
-    return _join([array.to_numpy(zero_copy_only=True) for array in arrays])
-
-
-def _join(parts: list[NDArray]) -> NDArray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _binary(column: pa.ChunkedArray, dtype: np.dtype) -> NDArray:
-    """Return what binary values hold, end to end, straight from Arrow's buffers."""
+def numbers(column: pa.ChunkedArray, dtype: np.dtype) -> NDArray:
+    """Return a column's numbers, flat; what binary values hold comes end to end, straight from Arrow's buffers."""
     parts = []
     for chunk in column.chunks:
         if pa.types.is_fixed_size_binary(chunk.type):
             start, stop = chunk.offset * chunk.type.byte_width, (chunk.offset + len(chunk)) * chunk.type.byte_width
             parts.append(np.frombuffer(chunk.buffers()[1], np.uint8)[start:stop])
-        else:
+        elif pa.types.is_binary(chunk.type):
             offsets = np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
             parts.append(np.frombuffer(chunk.buffers()[2], np.uint8)[offsets[0] : offsets[-1]])
-    return _join(parts).view(dtype)
+        else:
+            flat = chunk.flatten() if pa.types.is_nested(chunk.type) else chunk
+            parts.append(flat.to_numpy(zero_copy_only=True))
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts)).view(dtype)
 
 
-class Scalars(Table):
-    name = "row per token, layer and rank, scalars"
+def parquet(
+    name: str,
+    columns: Callable[[Routing], dict[str, pa.Array]],
+    rows: Callable[[Routing], int] = lambda routing: ROWS,
+    **options: object,
+) -> Layout:
+    """Return a layout of one Parquet file, of row groups of `rows`, which stand for ROWS tokens."""
 
-    def table(self, routing: Routing) -> pa.Table:
-        tokens = len(routing.ids_TLK)
-        keys = {
-            "token": np.repeat(np.arange(tokens, dtype=np.uint32), routing.width),
-            "layer": np.tile(np.repeat(np.arange(routing.spec.num_layers, dtype=np.uint8), routing.spec.top_k), tokens),
-        }
-        return pa.table(keys | {name: values.reshape(-1) for name, values in routing.columns().items()})
+    def write(routing: Routing, folder: Path) -> None:
+        # Options that name columns hold for those that the run has.
+        given = {key: kept_columns(value, routing) for key, value in options.items()}
+        table = pa.table(columns(routing))
+        pq.write_table(table, folder / "all.parquet", row_group_size=rows(routing), **ZSTD, **given)
 
-    def row_group(self, routing: Routing) -> int:
-        return ROWS * routing.width
-
-    def values(self, column: pa.ChunkedArray, dtype: np.dtype) -> NDArray:
-        return _flat(column)
+    return Layout(name, write, lambda folder, spec: read_parquet(folder / "all.parquet", spec))
 
 
-class Lists(Table):
-    name = "row per token, fixed-size lists, default encodings"
+def kept_columns(option: object, routing: Routing) -> object:
+    """Return a Parquet option without the columns that the run lacks."""
+    present = routing.columns()
+    if isinstance(option, dict):
+        return {column: value for column, value in option.items() if column.partition(".")[0] in present} or None
+    return option
 
-    def table(self, routing: Routing) -> pa.Table:
-        return pa.table(
-            {
-                name: pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), routing.width)
-                for name, values in routing.columns().items()
-            }
+
+def scalars(routing: Routing) -> dict[str, pa.Array]:
+    """Return one row per token, layer and rank."""
+    tokens, spec = len(routing.ids_TLK), routing.spec
+    layer = np.tile(np.repeat(np.arange(spec.num_layers, dtype=np.uint8), spec.top_k), tokens)
+    keys = {"token": np.repeat(np.arange(tokens, dtype=np.uint32), routing.width), "layer": layer}
+    return {name: pa.array(each.reshape(-1)) for name, each in (keys | routing.columns()).items()}
+
+
+def lists(routing: Routing) -> dict[str, pa.Array]:
+    """Return one row per token, of fixed-size lists."""
+    return {name: as_lists(values, routing.width) for name, values in routing.columns().items()}
+
+
+def as_lists(values: NDArray, width: int) -> pa.Array:
+    """Return an array's numbers in lists of `width`."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
+
+
+def fixed_binary(routing: Routing) -> dict[str, pa.Array]:
+    """Return one row per token, of bytes."""
+    return {
+        name: pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(values[0].nbytes), len(values), [None, pa.py_buffer(np.ascontiguousarray(values))]
         )
-
-    def values(self, column: pa.ChunkedArray, dtype: np.dtype) -> NDArray:
-        return _flat(column)
-
-
-class SplitLists(Lists):
-    name = "the same, weights byte-stream-split, ids dictionary"
-
-    def options_for(self, routing: Routing) -> dict[str, object]:
-        if routing.weights_TLK is None:
-            return {}
-        return {
-            "use_dictionary": ["ids.list.element"],
-            "column_encoding": {"weights.list.element": "BYTE_STREAM_SPLIT"},
-        }
+        for name, values in routing.columns().items()
+    }
 
 
-class FixedBinary(Table):
-    name = "row per token, fixed-size binary"
-
-    def options_for(self, routing: Routing) -> dict[str, object]:
-        return {"use_dictionary": False}
-
-    def table(self, routing: Routing) -> pa.Table:
-        def column(values: NDArray) -> pa.Array:
-            buffer = pa.py_buffer(np.ascontiguousarray(values))
-            return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values[0].nbytes), len(values), [None, buffer])
-
-        return pa.table({name: column(values) for name, values in routing.columns().items()})
-
-    def values(self, column: pa.ChunkedArray, dtype: np.dtype) -> NDArray:
-        return _binary(column, dtype)
+def sequence_binary(routing: Routing) -> dict[str, pa.Array]:
+    """Return one row per sequence, of bytes."""
+    bounds = np.cumsum(routing.lengths_S)[:-1]
+    return {
+        name: pa.array([part.tobytes() for part in np.split(values, bounds)], pa.binary())
+        for name, values in routing.columns().items()
+    }
 
 
-class SplitBinary(FixedBinary):
-    name = "the same, byte-stream-split"
-
-    def options_for(self, routing: Routing) -> dict[str, object]:
-        return {
-            "use_dictionary": False,
-            "column_encoding": dict.fromkeys(routing.columns(), "BYTE_STREAM_SPLIT"),
-        }
+def write_layers(routing: Routing, folder: Path) -> None:
+    """Write one file of lists per layer."""
+    for layer in range(routing.spec.num_layers):
+        columns = {name: as_lists(each[:, layer], routing.spec.top_k) for name, each in routing.columns().items()}
+        pq.write_table(pa.table(columns), folder / f"{layer}.parquet", row_group_size=ROWS, **ZSTD)
 
 
-class SequenceBinary(Table):
-    name = "row per sequence, binary"
-
-    def options_for(self, routing: Routing) -> dict[str, object]:
-        return {"use_dictionary": False}
-
-    def table(self, routing: Routing) -> pa.Table:
-        bounds = np.cumsum(routing.lengths_S)[:-1]
-        return pa.table(
-            {
-                name: pa.array([part.tobytes() for part in np.split(values, bounds)], pa.binary())
-                for name, values in routing.columns().items()
-            }
-        )
-
-    def row_group(self, routing: Routing) -> int:
-        return max(int(ROWS / routing.lengths_S.mean()), 1)
-
-    def values(self, column: pa.ChunkedArray, dtype: np.dtype) -> NDArray:
-        return _binary(column, dtype)
+def read_layers(folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
+    """Read the files of all layers side by side."""
+    one = replace(spec, num_layers=1, moe_layers=(0,), store=(), horizons=0, lookahead_norm=None)
+    one = replace(one, hidden_size=0, hidden_fraction=0.0)
+    files = [read_parquet(folder / f"{layer}.parquet", one) for layer in range(spec.num_layers)]
+    for parts in zip(*files, strict=True):
+        yield {name: torch.from_numpy(np.concatenate([part[name] for part in parts], axis=1)) for name in parts[0]}
 
 
-class FilePerLayer(Layout):
-    name = "one file per layer, lists (FLAME's)"
-
-    def write(self, routing: Routing, folder: Path) -> None:
-        for layer in range(routing.spec.num_layers):
-            table = pa.table(
-                {
-                    name: pa.FixedSizeListArray.from_arrays(pa.array(values[:, layer].reshape(-1)), routing.spec.top_k)
-                    for name, values in routing.columns().items()
-                }
-            )
-            pq.write_table(
-                table, folder / f"{layer}.parquet", compression="zstd", compression_level=3, row_group_size=ROWS
-            )
-
-    def read(self, folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
-        files = [pq.ParquetFile(folder / f"{layer}.parquet") for layer in range(spec.num_layers)]
-        for group in range(files[0].num_row_groups):
-            tables = [file.read_row_group(group) for file in files]
-            yield {
-                name: torch.from_numpy(np.stack([_flat(t[name]).reshape(-1, spec.top_k) for t in tables], axis=1))
-                for name in tables[0].column_names
-            }
-        for file in files:
-            file.close()
+def write_pickle(routing: Routing, folder: Path) -> None:
+    """Write what torch would be given: int64 and float32."""
+    bounds = np.cumsum(routing.lengths_S)[:-1]
+    wide = {"ids": np.int64, "weights": np.float32}
+    sequences = {
+        name: [torch.from_numpy(part.astype(wide[name])) for part in np.split(values, bounds)]
+        for name, values in routing.columns().items()
+    }
+    (folder / "all.pkl").write_bytes(pickle.dumps(sequences))
 
 
-class Ours(Layout):
-    """The run folder itself, as it lies there."""
-
-    name = "this format, columns"
-
-    def read(self, folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
-        columns = {"ids": "expert_ids", "weights": "routing_weights"}
-        names = {name: column for name, column in columns.items() if column in spec.shapes}
-        for shard in TraceDataset(folder).shards:
-            for group in range(shard.num_row_groups):
-                arrays = shard.lists(group, list(names.values()))
-                yield {name: torch.from_numpy(arrays[column]) for name, column in names.items()}
+def read_pickle(folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
+    """Read all, then give it sequence by sequence."""
+    with (folder / "all.pkl").open("rb") as file:
+        sequences = pickle.load(file)
+    for parts in zip(*sequences.values(), strict=True):
+        yield dict(zip(sequences, parts, strict=True))
 
 
-class OursBySequence(Ours):
-    name = "this format, sequence by sequence"
-
-    def read(self, folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
-        for trace in TraceDataset(folder).sequences():
-            tensors = {"ids": torch.from_numpy(trace.expert_ids_TLK)}
-            if trace.routing_weights_TLK is not None:
-                tensors["weights"] = torch.from_numpy(trace.routing_weights_TLK)
-            yield tensors
-
-
-class OursThroughArrow(Ours):
-    name = "this format, read by Arrow"
-
-    def read(self, folder: Path, spec: TraceSpec) -> Iterator[Tensors]:
-        columns = {"expert_ids": "ids", "routing_weights": "weights"}
-        names = [name for name in columns if name in spec.shapes]
-        for path in TraceDataset(folder).shard_paths:
-            with pq.ParquetFile(path) as file:
-                for group in range(file.num_row_groups):
-                    table = file.read_row_group(group, columns=names)
-                    shape = (-1, spec.num_layers, spec.top_k)
-                    yield {columns[name]: torch.from_numpy(_flat(table[name]).reshape(shape)) for name in names}
+LAYOUTS = (
+    Layout("this format, columns", None, ours),
+    Layout("this format, sequence by sequence", None, ours_by_sequence),
+    Layout("this format, read by Arrow", None, ours_by_arrow),
+    parquet(
+        "row per sequence, binary",
+        sequence_binary,
+        lambda routing: max(int(ROWS / routing.lengths_S.mean()), 1),
+        use_dictionary=False,
+    ),
+    parquet("row per token, fixed-size binary", fixed_binary, use_dictionary=False),
+    parquet(
+        "the same, byte-stream-split",
+        fixed_binary,
+        use_dictionary=False,
+        column_encoding=dict.fromkeys(COLUMNS, "BYTE_STREAM_SPLIT"),
+    ),
+    parquet("row per token, fixed-size lists, default encodings", lists),
+    parquet(
+        "the same, weights byte-stream-split, ids dictionary",
+        lists,
+        use_dictionary=["ids.list.element"],
+        column_encoding={"weights.list.element": "BYTE_STREAM_SPLIT"},
+    ),
+    parquet("row per token, layer and rank, scalars", scalars, lambda routing: ROWS * routing.width),
+    Layout("one file per layer, lists (FLAME's)", write_layers, read_layers),
+    Layout("pickle of int64 and float32 tensors, one a sequence", write_pickle, read_pickle),
+)
 
 
 def routing_bytes(dataset: TraceDataset) -> int:
@@ -384,12 +322,9 @@ def main(shard_dirs: tuple[Path, ...], repeats: int, json_file: Path | None) -> 
         click.echo("|---|---|---|---|---|---|---|")
         with tempfile.TemporaryDirectory() as temporary:
             folders: dict[Layout, Path] = {}
-            for layout in (
-                *(Ours(), OursBySequence(), OursThroughArrow(), SequenceBinary(), FixedBinary(), SplitBinary()),
-                *(Lists(), SplitLists(), Scalars(), FilePerLayer(), Pickle()),
-            ):
-                folders[layout] = shard_dir if isinstance(layout, Ours) else Path(temporary) / type(layout).__name__
-                if folders[layout] != shard_dir:
+            for number, layout in enumerate(LAYOUTS):
+                folders[layout] = shard_dir if layout.write is None else Path(temporary) / str(number)
+                if layout.write is not None:
                     folders[layout].mkdir()
                     layout.write(routing, folders[layout])
                 check(layout, folders[layout], routing)
@@ -400,9 +335,9 @@ def main(shard_dirs: tuple[Path, ...], repeats: int, json_file: Path | None) -> 
                     set_cores(allowed)
                     for layout, folder in folders.items():
                         best[layout][number] = min(best[layout][number], seconds_to_read(layout, folder, spec))
-            ours = routing_bytes(dataset)
+            our_bytes = routing_bytes(dataset)
             sizes = {
-                layout: ours if folder == shard_dir else sum(path.stat().st_size for path in folder.iterdir())
+                layout: our_bytes if folder == shard_dir else sum(path.stat().st_size for path in folder.iterdir())
                 for layout, folder in folders.items()
             }
         rows = [

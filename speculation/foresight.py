@@ -26,7 +26,7 @@ from speculation.counted import RoutingCounts
 from speculation.features import RoutingBatch, bucketed, decayed_usage, multi_hot
 from speculation.networks.horizons import draw_horizon
 from speculation.networks.layered import drop, gelu, table, token_before, unit, working_dtype
-from speculation.networks.losses import routing_loss
+from speculation.networks.losses import check_loss, routing_loss, scale_of, scores_of_frequency
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 
@@ -42,7 +42,11 @@ class ForesightOptions:
     token_dropout: float = 0.1  # share of training tokens shown without their id, so that traces without ids do
     dropout: float = 0.1
     decays: tuple[float, ...] = (0.5, 0.8, 0.95, 0.99)
+    loss: str = "membership"  # than "set" more recall and first choices, after 500 and 3,600 steps
     order_share: float = 0.3  # the lookahead logits know the first choice best; less forgets it, more costs recall
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
 
 
 @register
@@ -60,6 +64,7 @@ class Foresight(NeuralPredictor):
         if "decays" in options:
             options["decays"] = tuple(options["decays"])
         self.settings = ForesightOptions(**options)
+        self.score_scale = scale_of(self.settings.loss)
 
     def options(self) -> dict[str, Any]:
         return asdict(self.settings)
@@ -89,7 +94,7 @@ class Foresight(NeuralPredictor):
         return scores.float()
 
     def loss(self, logits_TLE: Tensor, batch: RoutingBatch) -> Tensor:
-        return routing_loss("set", logits_TLE, batch, self.settings.order_share)
+        return routing_loss(self.settings.loss, logits_TLE, batch, self.settings.order_share)
 
     def sample_horizon(self, generator: torch.Generator) -> int:
         assert self.shape_ is not None
@@ -128,8 +133,11 @@ class ForesightModule(nn.Module):
         self.head_LDE = nn.Parameter(torch.zeros(layers, hidden, experts))
         self.recent_LR1 = nn.Parameter(torch.zeros(layers, 1 + rates, 1))
         self.scale_HL11 = nn.Parameter(torch.ones(self.low, layers, 1, 1))
-        self.bias_L1E = nn.Parameter(torch.zeros(layers, 1, experts))
-        start_LE = torch.zeros(layers, experts) if frequency_LE is None else frequency_LE.clamp_min(1e-4).log()
+        # The same for all experts, so that it is the lookahead that ranks them.
+        even_LE = torch.full((layers, experts), 1 / experts)
+        self.bias_L1E = nn.Parameter(scores_of_frequency(settings.loss, even_LE, shape.top_k)[:, None])
+        start_LE = even_LE if frequency_LE is None else frequency_LE
+        start_LE = scores_of_frequency(settings.loss, start_LE, shape.top_k)
         self.bias_below_P1E = nn.Parameter(start_LE[: self.low, None].clone())
 
     def forward(

@@ -27,28 +27,31 @@ STRING_BYTES = 32  # allowance per token for the three string columns once decod
 NORMALIZED_TOLERANCE = 0.01  # K float16 weights near 1/K sum to 1 within K * 2**-12; ten times that for K = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TraceSpec:
-    """The model, run and columns of a trace folder, equal in every shard's footer; ValueError when inconsistent."""
+    """The model, run and columns of a trace folder, equal in every shard's footer; ValueError when inconsistent.
+
+    The defaults stand for what is not known or not there.
+    """
 
     model_name: str
-    model_revision: str | None
+    model_revision: str | None = None
     num_layers: int  # L, MoE layers only
     num_experts: int  # E
     top_k: int  # K
     moe_layers: tuple[int, ...]  # index in the model of each MoE layer
     expert_order: Literal["weight", "unknown"]
-    weights_normalized: bool | None  # whether a token's K weights sum to 1; None where unknown
+    weights_normalized: bool | None = None  # whether a token's K weights sum to 1; None where unknown
     quantization: str
     model_dtype: str
     router_dtype: str
-    attn_implementation: str | None
-    experts_implementation: str | None
-    library_versions: dict[str, str] = field(hash=False)
-    tokenizer_hash: str | None
-    seed: int
-    plan_fingerprint: str
-    store: tuple[str, ...]  # which optional columns exist, of OPTIONAL_COLUMNS and HIDDEN
+    attn_implementation: str | None = None
+    experts_implementation: str | None = None
+    library_versions: dict[str, str] = field(default_factory=dict, hash=False)
+    tokenizer_hash: str | None = None
+    seed: int = 0
+    plan_fingerprint: str = ""
+    store: tuple[str, ...] = ()  # which optional columns exist, of OPTIONAL_COLUMNS and HIDDEN
     horizons: int = 0  # H of lookahead_logits
     lookahead_norm: str | None = None  # one of LOOKAHEAD_NORMS; None where there are none, or it is unknown
     hidden_size: int = 0  # D of router_input

@@ -19,7 +19,14 @@ from speculation.features import RoutingBatch
 from speculation.interlayer.live import InterLayerLive
 from speculation.interlayer.network import InterLayerNetwork
 from speculation.live import LiveState
-from speculation.networks.losses import NEED_WEIGHTS, ORDER_SHARE, check_loss, routing_loss, scores_of_frequency
+from speculation.networks.losses import (
+    NEED_WEIGHTS,
+    ORDER_SHARE,
+    check_loss,
+    routing_loss,
+    scale_of,
+    scores_of_frequency,
+)
 from speculation.neural import NeuralPredictor
 from speculation.predictor import MAX_HORIZON, RoutingShape, register
 
@@ -78,7 +85,7 @@ class InterLayer(NeuralPredictor):
         if "decays" in options:
             options["decays"] = tuple(options["decays"])
         self.settings = InterLayerOptions(**options)
-        self.score_scale = "log_odds" if self.settings.loss == "membership" else "logits"
+        self.score_scale = scale_of(self.settings.loss)
         self.longest_piece = min(LONGEST_PIECE, self.settings.window)
         self.uses = frozenset(column for column in ("weights", "tokens") if getattr(self.settings, column))
 

@@ -7,6 +7,7 @@ Shapes: logits (T, L, E); `expert_ids_TLK` the chosen set, by falling weight whe
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +96,13 @@ def routing_loss(name: str, logits_TLE: Tensor, batch: RoutingBatch, order_share
     return loss + order_share * first_choice(logits_TLE, batch) if known and order_share else loss
 
 
+def scale_of(name: str) -> Literal["logits", "log_odds"]:
+    """What scores trained with a loss mean: log-odds of being in the set, or logits that only compare experts."""
+    return "log_odds" if name == "membership" else "logits"
+
+
 def scores_of_frequency(name: str, frequency_LE: Tensor, top_k: int) -> Tensor:
     """The scores (L, E) that fit shares of a layer's choices best under a loss, where nothing else is known."""
-    if name == "membership":
+    if scale_of(name) == "log_odds":
         return (frequency_LE * top_k).clamp(1e-4, 1 - 1e-4).logit()
     return frequency_LE.clamp_min(1e-4).log()

@@ -28,8 +28,7 @@ from groundwork.interrupt import finishing_steps
 from groundwork.progress import Progress as Bar
 from groundwork.progress import log, progress
 from speculation.counted import RoutingCounts, count_routing
-from speculation.features import RoutingBatch, packed_batches
-from speculation.metrics import token_values
+from speculation.features import RoutingBatch
 from speculation.neural import NeuralPredictor, saved_precision
 from speculation.predictor import OPTIONAL_COLUMNS, RoutingShape
 from speculation.training.distributed import ALONE, Group
@@ -46,16 +45,12 @@ from speculation.training.optimizer import MuonAdamW
 from speculation.training.precision import uses_bfloat16
 from speculation.training.schedule import LoopSettings, rate
 from speculation.training.state import Progress, Weights
+from speculation.training.validation import tokens_between, validation_recall
 from speculation.training.view import TrainingView
 
 __all__ = ["READ_AHEAD", "LoopSettings", "Training", "fit_module"]
 
 READ_AHEAD = 4  # micro-batches
-VALIDATION_BATCH = 4096  # tokens
-VALIDATION_EPOCHS = 0.5
-VALIDATION_COST = (
-    5  # validation tokens are at most this part of those trained meanwhile; scoring costs a third of a step
-)
 RECORDED_STEPS = 20  # steps between two lines of the record
 
 Record = Callable[[dict[str, Any]], None]
@@ -116,10 +111,10 @@ class Training:
         self.first_epoch = Epoch(dataset, split, predictor.longest_piece, settings.seed)
         if len(self.first_epoch) == 0:
             raise ConfigurationError(f"the traces hold no sequence of split {split} to train on; collect more")
-        self.shape = predictor.shape_ = RoutingShape.of(dataset)
+        predictor.shape_ = shape = RoutingShape.of(dataset)
         predictor.uses = predictor.uses & dataset.available
         counts = counts if counts is not None else count_routing(dataset, split)
-        module = predictor.build(self.shape, torch.Generator().manual_seed(settings.seed), counts).to(self.device)
+        module = predictor.build(shape, torch.Generator().manual_seed(settings.seed), counts).to(self.device)
         predictor.module_ = module
         self.bfloat16 = uses_bfloat16(self.device, settings.precision)
         average = None
@@ -139,14 +134,12 @@ class Training:
             self.device,
             settings.memory_budget_gb,
             sum(parameter.numel() for parameter in module.parameters()),
-            predictor.training_bytes_per_token(self.shape),
+            predictor.training_bytes_per_token(shape),
             (READ_AHEAD + 2) * packed_bytes_per_token(dataset.spec, self.columns),
         )
         self.state.micro_batch_tokens = min(self.state.micro_batch_tokens or limit, limit)
         self.epoch_tokens = self.first_epoch.tokens
-        self.validation_tokens = sum(
-            int(dataset.index.num_tokens_S[window].sum()) for window in dataset.order("validation_stop")
-        )
+        self.validation_tokens = tokens_between(dataset, self.epoch_tokens)
 
     def run(self) -> None:
         """Trains until a limit is reached, and leaves the best weights in the module."""
@@ -270,7 +263,7 @@ class Training:
         """Scores validation_stop, and keeps the weights where none were better."""
         state = self.state
         self.weights.swap_average()
-        recall = self._validation_recall()
+        recall = validation_recall(self.predictor, self.dataset, self.columns, self.group)
         if recall is None or recall > state.best_recall:
             state.best_recall, state.best_step, state.stale = (-1.0 if recall is None else recall), state.step, 0
             self.weights.keep_best()
@@ -283,23 +276,9 @@ class Training:
         if self.record is not None:
             self.record({**self._where(), "loss": loss, "validation_recall": recall, **peaks_gb(self.device)})
 
-    def _validation_recall(self) -> float | None:
-        """Recall at K one layer ahead on validation_stop, layers with one below; None where no sequence is in it."""
-        metric = f"recall@{self.shape.top_k}"
-        above = slice(1 if self.shape.num_layers > 1 else 0, None)
-        found = wanted = 0.0
-        worker = (self.group.rank, self.group.size)
-        stream = self.dataset.sequences("validation_stop", self.columns, worker=worker)
-        for _, batch in packed_batches(stream, self.dataset.spec, VALIDATION_BATCH):
-            recall_TL = token_values(self.predictor.predict_scores(batch), batch, [metric])[:, above, 0]
-            found += float(recall_TL.sum())
-            wanted += recall_TL.numel()
-        found, wanted = self.group.sum_numbers((found, wanted), self.device)
-        return found / wanted if wanted else None
-
     def _validation_due(self, step_tokens: int) -> bool:
-        every = max(VALIDATION_EPOCHS * self.epoch_tokens, VALIDATION_COST * self.validation_tokens)
-        return self.state.tokens // every > (self.state.tokens - step_tokens) // every
+        tokens, every = self.state.tokens, self.validation_tokens
+        return tokens // every > (tokens - step_tokens) // every
 
     def _share_done(self) -> float:
         return self.settings.share_done(self.state, self.epoch_tokens)

@@ -34,6 +34,7 @@ class TrainingRecord:
     """Call it with one line of figures after another; `close` ends the tracker's run.
 
     A killed training may have recorded steps past its checkpoint; a resumed one drops them when it records the first.
+    Raises ConfigurationError for a tracker that is unknown, not installed, or without the login it needs.
     """
 
     def __init__(self, folder: Path, track: str | None, config: Mapping[str, Any]) -> None:
@@ -51,7 +52,10 @@ class TrainingRecord:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         if self._tracker is not None:
-            numbers = {name: float(value) for name, value in line.items() if isinstance(value, int | float)}
+            figures = {
+                name: value for name, value in line.items() if name != "step"
+            }  # every tracker has one of its own
+            numbers = {name: float(value) for name, value in figures.items() if isinstance(value, int | float)}
             self._tracker[0](numbers, line["step"])
 
     def close(self) -> None:
@@ -92,7 +96,12 @@ def _trackio(folder: Path, config: dict[str, Any]) -> Tracker:
 
 def _wandb(folder: Path, config: dict[str, Any]) -> Tracker:
     wandb = importlib.import_module("wandb")
-    run = wandb.init(project=PROJECT, name=folder.name, config=config)
+    try:
+        run = wandb.init(project=PROJECT, name=folder.name, config=config)
+    except wandb.errors.UsageError as error:
+        raise ConfigurationError(
+            f"--track wandb: {str(error).rstrip('.')}; run 'wandb login', or set WANDB_MODE=offline to keep it here"
+        ) from error
     return (lambda numbers, step: run.log(numbers, step=step)), run.finish
 
 

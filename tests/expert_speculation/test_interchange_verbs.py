@@ -8,25 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expert_speculation.command import main
 from expert_speculation.verbs.import_ import FORMATS
 from traces.interchange.exporting import WRITERS
 from traces.plan import Plan
 from traces.reader import TraceDataset
 from traces.writer import ShardWriter, lock_run
-
-
-@pytest.fixture
-def run(capsys):
-    """Return a function that runs the command and gives exit code, stdout and stderr."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture
@@ -47,8 +33,8 @@ def options(path, run_dir, *more):
     return "import", path, "--format", "requests", *told, *more
 
 
-def test_an_incomplete_source_exits_3_and_its_account_is_printed_and_written(run, requests, tmp_path):
-    code, out, error = run(*options(requests, tmp_path / "run", "--json", tmp_path / "result.json"))
+def test_an_incomplete_source_exits_3_and_its_account_is_printed_and_written(command, requests, tmp_path):
+    code, out, error = command(*options(requests, tmp_path / "run", "--json", tmp_path / "result.json"))
     assert code == 3
     assert out.splitlines()[:2] == [
         "left out, not a record: 2",
@@ -62,27 +48,27 @@ def test_an_incomplete_source_exits_3_and_its_account_is_printed_and_written(run
     assert TraceDataset(tmp_path / "run").num_sequences == 3
 
 
-def test_a_complete_source_exits_0_and_comes_back_by_the_printed_command(run, requests, tmp_path):
+def test_a_complete_source_exits_0_and_comes_back_by_the_printed_command(command, requests, tmp_path):
     requests.write_text("".join(requests.read_text().splitlines(keepends=True)[:3]))
-    code, _, error = run(*options(requests, tmp_path / "run", "--moe_layers", "1,3"))
+    code, _, error = command(*options(requests, tmp_path / "run", "--moe_layers", "1,3"))
     assert (code, error) == (0, "")
     for record_format in FORMATS:
         out_dir = tmp_path / record_format
-        code, out, _ = run(
+        code, out, _ = command(
             "export", "--shard-dir", tmp_path / "run", "--format", record_format, "--output_dir", out_dir
         )
         assert code == 0
-        first, command = out.splitlines()
+        first, last = out.splitlines()
         assert first.startswith(f"{out_dir}: 3 sequences, 12 tokens in ")
-        words = shlex.split(command.removeprefix("Back again: expert-speculation "))
+        words = shlex.split(last.removeprefix("Back again: expert-speculation "))
         back = tmp_path / f"{record_format}-back"
         words[words.index("DIR")] = str(back)
-        assert run(*words)[0] == 0
+        assert command(*words)[0] == 0
         assert TraceDataset(back).spec.moe_layers == (1, 3)
 
 
-def test_nothing_usable_exits_3_writes_nothing_and_says_why(run, requests, tmp_path):
-    code, out, error = run(*options(requests, tmp_path / "run", "--top_k", 4))
+def test_nothing_usable_exits_3_writes_nothing_and_says_why(command, requests, tmp_path):
+    code, out, error = command(*options(requests, tmp_path / "run", "--top_k", 4))
     assert code == 3
     assert "left out, experts per token contradict the options: 3" in out
     assert "  and 1 more" not in out
@@ -91,7 +77,7 @@ def test_nothing_usable_exits_3_writes_nothing_and_says_why(run, requests, tmp_p
     )
     assert not (tmp_path / "run").exists()
     requests.write_text("\n")
-    code, _, error = run(*options(requests, tmp_path / "run"))
+    code, _, error = command(*options(requests, tmp_path / "run"))
     assert code == 3
     assert error == f"Error: {tmp_path}/run: nothing was written, for the files hold no record\n"
 
@@ -108,22 +94,22 @@ def test_nothing_usable_exits_3_writes_nothing_and_says_why(run, requests, tmp_p
         (["no_such_file"], "no_such_file: no such plain file"),
     ],
 )
-def test_wrong_usage_exits_2_with_nothing_written(more, message, run, requests, tmp_path):
-    code, out, error = run(*options(requests, tmp_path / "run", *more))
+def test_wrong_usage_exits_2_with_nothing_written(more, message, command, requests, tmp_path):
+    code, out, error = command(*options(requests, tmp_path / "run", *more))
     assert (code, out) == (2, "")
     assert message in error
     assert not (tmp_path / "run").exists()
 
 
-def test_export_refuses_a_used_folder(run, requests, tmp_path):
-    run(*options(requests, tmp_path / "run"))
-    code, _, error = run("export", "--shard_dir", tmp_path / "run", "--format", "vllm", "--output_dir", tmp_path)
+def test_export_refuses_a_used_folder(command, requests, tmp_path):
+    command(*options(requests, tmp_path / "run"))
+    code, _, error = command("export", "--shard_dir", tmp_path / "run", "--format", "vllm", "--output_dir", tmp_path)
     assert code == 2
     assert f"{tmp_path}: is not empty; choose another --output_dir" in error
 
 
-def test_export_says_on_stderr_what_no_format_carries(run, requests, tmp_path):
-    run(*options(requests, tmp_path / "run"))
+def test_export_says_on_stderr_what_no_format_carries(command, requests, tmp_path):
+    command(*options(requests, tmp_path / "run"))
     plan = Plan.load(tmp_path / "run")
     with_logits = replace(plan, spec=replace(plan.spec, store=("logits",)))
     with lock_run(tmp_path / "logits"):
@@ -133,7 +119,7 @@ def test_export_says_on_stderr_what_no_format_carries(run, requests, tmp_path):
                 writer.write(replace(sequence, router_logits_TLE=np.zeros((4, 2, 8), np.float16)))
             writer.commit()
     told = ("--shard_dir", tmp_path / "logits", "--format", "sglang", "--output_dir", tmp_path / "out")
-    code, _, error = run("export", *told)
+    code, _, error = command("export", *told)
     assert (code, error) == (0, "router_logits is left out: sglang has no place for it\n")
 
 

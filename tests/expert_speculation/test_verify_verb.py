@@ -7,21 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from expert_speculation.command import main
-
-
-@pytest.fixture
-def command(capsys):
-    """Return a function that runs the command and gives exit code, stdout and stderr."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as exit_:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out, captured.err
-
-    return call
-
 
 @pytest.fixture
 def run(command, tmp_path) -> Path:

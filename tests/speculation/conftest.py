@@ -22,7 +22,6 @@ MakeTraces = Callable[..., Path]
 def make_spec(layers: int, experts: int, top_k: int, store: tuple[str, ...], order: str) -> TraceSpec:
     return TraceSpec(
         model_name="synthetic",
-        model_revision=None,
         num_layers=layers,
         num_experts=experts,
         top_k=top_k,
@@ -32,11 +31,6 @@ def make_spec(layers: int, experts: int, top_k: int, store: tuple[str, ...], ord
         quantization="none",
         model_dtype="float32",
         router_dtype="float32",
-        attn_implementation=None,
-        experts_implementation=None,
-        library_versions={},
-        tokenizer_hash=None,
-        seed=0,
         plan_fingerprint="synthetic",
         store=store,
         horizons=3 if "lookahead" in store else 0,

@@ -123,12 +123,7 @@ def _spec(
             quantization=settings.quantization,
             model_dtype=settings.model_dtype,
             router_dtype=settings.router_dtype,
-            attn_implementation=None,
-            experts_implementation=None,
             library_versions=library_versions(),
-            tokenizer_hash=None,
-            seed=0,
-            plan_fingerprint="",
             store=("weights",) if weighted else (),
         )
     except ValueError as error:

@@ -50,3 +50,37 @@ def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
     (loss,) = events.Scalars("loss")
     assert (loss.step, loss.value) == (20, 1.5)
     assert "validation_recall" not in events.Tags()["scalars"]
+    assert "step" not in events.Tags()["scalars"]
+
+
+def test_trackio_gets_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    record = TrainingRecord(tmp_path, "trackio", {"seed": 0})
+    record({"step": 20, "loss": 1.5, "validation_recall": None})
+    record.close()
+    (line,) = SQLiteStorage.get_logs("expert-speculation", tmp_path.name)
+    assert (line["step"], line["loss"]) == (20, 1.5)
+    assert "validation_recall" not in line
+
+
+def test_wandb_keeps_an_offline_run_and_without_login_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    record = TrainingRecord(tmp_path, "wandb", {"seed": 0})
+    record({"step": 20, "loss": 1.5, "validation_recall": None})
+    record.close()
+    (kept,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert kept.stat().st_size > 0
+    assert "loss 1.5" in capfd.readouterr().err  # its own summary of the run
+    wandb.teardown()  # else it keeps to the mode it started in
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigurationError, match=r"--track wandb: .*; run 'wandb login', or set WANDB_MODE=offline"):
+        TrainingRecord(tmp_path, "wandb", {"seed": 0})
