@@ -29,7 +29,6 @@ class NeuralPredictor(Predictor):
     """
 
     longest_piece: int | None = None
-    learning_rate: float = 3e-3  # AdamW's, unless the user gives one
     learns_from: frozenset[str] = frozenset()  # columns that only the loss reads, where they are there
 
     def __init__(self) -> None:

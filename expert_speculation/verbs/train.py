@@ -22,7 +22,7 @@ from expert_speculation.options import PATH, device_option, seed_option, shard_d
 @click.option("--batch_size", type=int, help="Sequences per step and accumulation; by tokens when not given.")
 @click.option("--batch_tokens", type=int, help="Tokens per step and accumulation, about; 320 when nothing is given.")
 @click.option("--gradient_accumulation_steps", type=int, default=1, help="Times as many sequences or tokens a step.")
-@click.option("--learning_rate", type=float, help="AdamW's; Muon's follows it. The predictor's own when not given.")
+@click.option("--learning_rate", type=float, help="AdamW's; Muon's follows it. 0.003 when not given.")
 @click.option("--ema", type=float, help="Keep an average of the weights with this decay, such as 0.999.")
 @device_option
 @click.option("--precision", default="auto", help="auto (bfloat16 where the device multiplies it), float32, bfloat16.")

@@ -77,7 +77,6 @@ class InterLayer(NeuralPredictor):
     """The network above as a predictor."""
 
     name = "interlayer"
-    learning_rate = 1.5e-3
     uses = frozenset({"weights"})
 
     def __init__(self, **options: Any) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,6 @@ class Training:
         record: Record | None = None,
         group: Group = ALONE,
     ) -> None:
-        learning_rate = settings.learning_rate or predictor.learning_rate
-        settings = replace(settings, learning_rate=learning_rate)
         self.predictor, self.dataset, self.settings, self.split = predictor, dataset, settings, split
         self.checkpoint, self.group, self.device = checkpoint, group, predictor.device
         self.record = record if group.leads else None
@@ -120,7 +118,7 @@ class Training:
         average = None
         if settings.ema is not None:
             average = {name: each.detach().clone() for name, each in module.named_parameters()}
-        optimizer = MuonAdamW(module, predictor.muon_parameters(module), learning_rate)
+        optimizer = MuonAdamW(module, predictor.muon_parameters(module), settings.learning_rate)
         self.weights = Weights(module, optimizer, average, {})
         self.columns = (
             frozenset(predictor.sees(dataset.available)) | (predictor.learns_from & dataset.available)
@@ -293,7 +291,7 @@ class Training:
             "epoch": round(state.tokens / self.epoch_tokens, 3),
             "tokens": state.tokens,
             "seconds": round(state.seconds, 1),
-            "learning_rate": self.weights.optimizer.learning_rate * rate(state.step, self._share_done()),
+            "learning_rate": self.settings.learning_rate * rate(state.step, self._share_done()),
         }
 
     def _save(self) -> None:

@@ -20,8 +20,7 @@ class LoopSettings:
     """How to train; the first limit reached of epochs, steps and minutes ends it, 6 epochs where none is set.
 
     A step takes `batch_size * gradient_accumulation_steps` sequences (or pieces of long ones); without `batch_size`
-    about `batch_tokens * gradient_accumulation_steps` tokens. `learning_rate` is AdamW's, and Muon's follows it; where
-    it is None, the predictor's own.
+    about `batch_tokens * gradient_accumulation_steps` tokens. `learning_rate` is AdamW's, and Muon's follows it.
     """
 
     batch_size: int | None = None
@@ -30,7 +29,7 @@ class LoopSettings:
     epochs: int | None = None
     max_steps: int | None = None
     max_minutes: float | None = None
-    learning_rate: float | None = None
+    learning_rate: float = 3e-3
     ema: float | None = None  # decay of an average of the weights, which is then what is kept
     patience: int = 6  # validations without a better one before training ends
     precision: str = "auto"

@@ -121,7 +121,7 @@ def test_a_checkpoint_of_other_settings_is_refused_by_their_names(view: Training
     fit_module(Watched(**SMALL), view, LoopSettings(max_steps=2), checkpoint=file)
     with pytest.raises(ConfigurationError, match=r"other settings .option reach was \d, now 2.; repeat those"):
         fit_module(Watched(**SMALL, reach=2), view, LoopSettings(max_steps=2), checkpoint=file)
-    with pytest.raises(ConfigurationError, match=r"learning_rate was 0\.0015, now 0\.1"):
+    with pytest.raises(ConfigurationError, match=r"learning_rate was 0\.003, now 0\.1"):
         fit_module(Watched(**SMALL), view, LoopSettings(max_steps=2, learning_rate=0.1), checkpoint=file)
     longer = fit_module(Watched(**SMALL), view, LoopSettings(max_steps=3), checkpoint=file)
     assert longer.step == 3
