@@ -1,16 +1,27 @@
-# make demo   the whole main job on the embedded mini-Mixtral
-# make test   linters, types and tests
-# make soak   kills collections at random times and compares what they end with; about half an hour
-# All set up .venv first, when it is missing or older than what it is made from.
+# make demo     the whole main job on the embedded mini-Mixtral
+# make browser  installs Debian's chromium, as root, for the tests that open the report in it; optional
+# make test     linters, types and tests
+# make soak     kills collections at random times and compares what they end with; about half an hour
+# demo, test and soak set up .venv first, when it is missing or older than what it is made from.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types tests soak docs clean
+.PHONY: demo browser test lint types tests soak docs clean
 
 demo: $(READY)
 	$(BIN)/expert-speculation demo --output_dir demo
+
+# Never fails: without chromium the tests that need it are skipped, and say so.
+browser:
+	@if command -v chromium; then \
+	  echo "Chromium is here already."; \
+	elif { apt-get update && apt-get install --yes chromium fonts-dejavu-core; } >/dev/null 2>&1 && command -v chromium; then \
+	  echo "Installed Debian's chromium."; \
+	else \
+	  echo "Chromium was not installed: that needs apt, the network and root. Tests in a browser will be skipped."; \
+	fi
 
 test: lint types tests
 

@@ -5,9 +5,11 @@ that the same specification serves both, and prints. Labels that come from data 
 `<b>`, `<a href>` and the like in any text.
 """
 
+import base64
+import gzip
 import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,36 @@ class Figure:
     rows: list[list[Any]]
     max_width: int = 1080  # px
     min_width: int = 0  # px; on a narrower page the figure scrolls
+    part: str = ""  # which of many the specification holds, where the page steps through them
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What a section says instead of a figure that this run does not allow, with the commands that would."""
+
+    text: str
+    commands: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the page: title, lead (plain text; the template escapes it), figures in order, and notices.
+
+    A section with controls of its own names a `partial` of the templates, which gets `section` and `section.values`.
+    `data` goes into the page's JSON, for its scripts; `numbers` into `--json` beside the figures' tables; `headline`,
+    pairs of name and value, to the top of the page.
+    """
+
+    key: str
+    title: str
+    lead: str
+    figures: tuple[Figure, ...] = ()
+    notices: tuple[Notice, ...] = ()
+    headline: tuple[tuple[str, str], ...] = ()
+    partial: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def label(text: str) -> str:
@@ -47,8 +79,23 @@ def label(text: str) -> str:
     return html.escape(readable(text), quote=False)
 
 
+def grouped(number: int) -> str:
+    """Return a number with its thousands set apart by thin spaces."""
+    return f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def shortened(text: str, length: int) -> str:
+    """Return at most `length` characters of text, an ellipsis in place of what was cut."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def pack(data: bytes) -> str:
+    """Return base64 of gzip of `data`, the same for the same data; the page's scripts unpack it."""
+    return base64.b64encode(gzip.compress(data, compresslevel=9, mtime=0)).decode("ascii")
+
+
 def line(
-    name: str, x: Sequence[int], y: NDArray[np.float64], colours: Colours, *, marker: str = "", dash: str = "solid",
+    name: str, x: Sequence[Any], y: NDArray[np.float64], colours: Colours, *, marker: str = "", dash: str = "solid",
     width: float = 2, group: str = "", silent: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     trace: dict[str, Any] = {
@@ -67,6 +114,56 @@ def line(
     if silent:
         trace |= {"showlegend": False, "hoverinfo": "skip"}
     return trace
+
+
+def band(
+    name: str, x: Sequence[Any], low: NDArray[np.float64], high: NDArray[np.float64], colours: Colours
+) -> list[dict[str, Any]]:
+    """Two invisible lines with the interval filled between them, that come and go with the line of the same name."""
+    light, dark = (f"rgba({int(c[1:3], 16)},{int(c[3:5], 16)},{int(c[5:7], 16)},0.18)" for c in colours)
+    edge = ("rgba(0,0,0,0)", "rgba(0,0,0,0)")
+    upper = line(name, x, high, edge, width=0, group=name, silent=True)
+    lower = line(name, x, low, edge, width=0, group=name, silent=True) | {"fill": "tonexty", "fillcolor": light}
+    lower["meta"] = {"dark": {"fillcolor": dark}}
+    return [upper, lower]
+
+
+def dots(
+    name: str, categories: Sequence[str], ends: Sequence[NDArray[np.float64]], colours: Colours, symbol: str, unit: str
+) -> dict[str, Any]:
+    """Dots from left to right, one per category, with their intervals as bars; `ends` are value, low and high."""
+    value, low, high = ends
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": label(name),
+        "x": rounded(value, 3),
+        "y": [label(category) for category in categories],
+        "marker": {"color": colours[0], "size": 9, "symbol": symbol},
+        "error_x": error_bars(ends) | {"color": colours[0]},
+        "customdata": rounded(np.stack([low, high], axis=-1), 3),
+        "hovertemplate": f"%{{y}}<br>%{{x:.2f}} {unit}  [%{{customdata[0]:.2f}}, %{{customdata[1]:.2f}}]",
+        "meta": {"dark": {"marker.color": colours[1], "error_x.color": colours[1]}},
+    }
+
+
+def error_bars(ends: Sequence[NDArray[np.float64]]) -> dict[str, Any]:
+    value, low, high = ends
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": rounded(high - value, 4),
+        "arrayminus": rounded(value - low, 4),
+        "thickness": 1.5,
+        "width": 4,
+    }
+
+
+def dots_layout(x_title: str, categories: int) -> dict[str, Any]:
+    layout = line_layout(x_title, "", height=110 + 30 * categories) | {"hovermode": "closest"}
+    layout["xaxis"] |= {"showgrid": True}
+    layout["yaxis"] |= {"automargin": True, "type": "category", "showgrid": False}
+    return layout
 
 
 def heatmap(z: NDArray[np.float64], scale: str, **options: Any) -> dict[str, Any]:

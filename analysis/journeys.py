@@ -4,8 +4,6 @@ The sample is drawn from the index before the pass, evenly over data sets, and f
 so that the guesses shown are ones on text that the predictors were not fitted on.
 """
 
-import base64
-import gzip
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from analysis.figures import Notice, Section, pack
+from analysis.palette import PATHS
 from analysis.tokens import readable, readable_tokens
 from speculation.features import RoutingBatch
 from speculation.predictor import Predictor
 from traces.reader import SequenceInfo, TraceDataset
-from traces.schema import SequenceTrace
+from traces.schema import SequenceTrace, TraceSpec
 
 MAX_TOKENS = 512  # of one sequence; the page stays fast and the file small
 SHORT = 8  # sequences with fewer tokens show little and are taken last
@@ -72,6 +72,49 @@ def make_journeys(
     return [journeys[info.sequence_id] for info in chosen]
 
 
+def make(journeys: Sequence[Journey], predictor_names: Sequence[str], spec: TraceSpec) -> Section:
+    """Return the section of the journeys; without any, it says how to get them."""
+    names = [readable(name) for name in predictor_names]
+    scale = weight_scale(journeys)
+    notices = []
+    if not journeys:
+        notices.append(
+            Notice(
+                "This run holds no sequences to show, or none was asked for:",
+                ("expert-speculation report --journeys 24",),
+            )
+        )
+    elif not names:
+        notices.append(
+            Notice(
+                "No predictor was given, so no guesses are shown.",
+                ("expert-speculation report --shard_dir RUN --predictor_dir PREDICTOR --output report.html",),
+            )
+        )
+    return Section(
+        key="journeys",
+        title="Token journeys",
+        lead="",
+        notices=tuple(notices),
+        partial="journeys.html.j2",
+        values={"num_journeys": len(journeys), "predictor_names": names},
+        data={
+            "journeys": {
+                "num_layers": spec.num_layers,
+                "num_experts": spec.num_experts,
+                "top_k": spec.top_k,
+                "ordered": spec.expert_order == "weight",
+                "has_weights": "weights" in spec.store,
+                "weight_scale": scale,
+                "predictors": names,
+                "path_colours": PATHS,
+                "sequences": [encode(journey, spec.num_experts, scale) for journey in journeys],
+            }
+        },
+        numbers={"journeys": [numbers(journey) for journey in journeys]},
+    )
+
+
 def weight_scale(journeys: Sequence[Journey]) -> float:
     """Return the largest finite weight of all journeys, 1 where there are none: the unit of the weights in the page."""
     largest = 0.0
@@ -96,16 +139,10 @@ def encode(journey: Journey, num_experts: int, scale: float) -> dict[str, Any]:
     return _labels(journey) | {"packed": pack(b"".join(parts))}
 
 
-def pack(data: bytes) -> str:
-    """Return base64 of gzip of `data`, the same for the same data."""
-    return base64.b64encode(gzip.compress(data, compresslevel=9, mtime=0)).decode("ascii")
-
-
 def numbers(journey: Journey) -> dict[str, Any]:
     """Return a journey as plain lists, for JSON."""
     weights = journey.routing_weights_TLK
     return _labels(journey) | {
-        "sequence_key": readable(journey.sequence_key),
         "expert_ids": journey.expert_ids_TLK.tolist(),
         "routing_weights": None if weights is None else np.round(weights.astype(np.float64), 4).tolist(),
         "guesses": {name: guess.tolist() for name, guess in journey.guesses.items()},
@@ -143,6 +180,7 @@ def _labels(journey: Journey) -> dict[str, Any]:
     return {
         "dataset": readable(journey.dataset),
         "sequence_id": journey.sequence_id,
+        "sequence_key": readable(journey.sequence_key),
         "split": journey.split,
         "num_tokens": journey.num_tokens,
         "tokens": journey.tokens_T,

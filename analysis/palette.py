@@ -1,21 +1,26 @@
-"""Colours of the report: one per expert for any E, told apart by lightness as well as hue.
+"""Colours of the report: one per expert for any E, told apart by lightness as well as hue, and six for paths.
 
-Up to eight experts take the Okabe-Ito palette (Okabe and Ito, "Color Universal Design", 2008), darkened where it is too
-pale to stand on white. Larger E walk round the OKLCH hue circle in golden-angle steps and cycle through four lightness
-levels, so that neighbours in number differ in both and remain distinct without colour vision.
+Up to eight experts take six colours of Okabe and Ito ("Color Universal Design", 2008) and two more, in place of their
+black and yellow, each of which is lost on one of the two pages. All eight stay apart for people without one kind of
+cone. Larger E walk round the OKLCH hue circle in golden-angle steps and cycle through four lightness levels, so that
+neighbours in number differ in both and remain distinct without colour vision.
 """
 
 import math
 
-OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7d6fc4", "#b8a916")
-OKABE_ITO_DARK = ("#3d9ee0", "#f0b429", "#1fbf8f", "#e093c0", "#86cdf5", "#f07a2a", "#a698ec", "#d6c93e")
+OKABE_ITO = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+EIGHT = {"light": (*OKABE_ITO, "#4a1a00", "#2b2370"), "dark": (*OKABE_ITO, "#fff3b0", "#8f2705")}
+PATHS = {  # as far apart as six can be on which text is readable, white on the light page and black on the dark one
+    "light": ("#536dd4", "#ad6109", "#161b7d", "#740c04", "#654f70", "#2a0029"),
+    "dark": ("#5fb8f2", "#bdb21f", "#14fdfd", "#9b7c13", "#fff467", "#4c82c6"),
+}
 GOLDEN_ANGLE = 137.50776  # degrees: 360 * (1 - 1 / golden ratio)
 LIGHTNESS = {"light": (0.50, 0.72, 0.60, 0.40), "dark": (0.62, 0.84, 0.73, 0.53)}
 
 
 def expert_colours(num_experts: int, mode: str = "light") -> list[str]:
     """Return E hexadecimal colours for a `light` or `dark` background."""
-    named = OKABE_ITO if mode == "light" else OKABE_ITO_DARK
+    named = EIGHT[mode]
     if num_experts <= len(named):
         return list(named[:num_experts])
     levels = LIGHTNESS[mode]

@@ -6,7 +6,7 @@ removes: control characters, bidirectional overrides, zero-width characters, and
 
 import unicodedata
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 MAX_CHARACTERS = 80  # of one token; longer ones are cut with an ellipsis
 MAX_MARKS = 3  # combining marks in a row that are shown; real scripts rarely stack more
@@ -30,18 +30,24 @@ def readable(text: str) -> str:
 
 
 def readable_tokens(tokens: Sequence[str]) -> list[str]:
-    """Return a sequence's tokens for display, with raw byte-level or SentencePiece pieces turned back into text.
+    """Return a sequence's tokens for display, with raw byte-level or SentencePiece pieces turned back into text."""
+    return [readable(text) for text in token_texts(tokens)]
+
+
+def token_texts(tokens: Sequence[str]) -> list[str]:
+    """Return a sequence's tokens as the text they stand for, not yet safe to show.
 
     Byte-level BPE pieces are recognised by a leading `Ġ`, SentencePiece pieces by a leading `▁`; bytes that are no
     whole UTF-8 character appear as U+FFFD.
     """
     if any(token.startswith("Ġ") for token in tokens):
-        return [readable(_from_byte_level(token)) for token in tokens]
+        return [_from_byte_level(token) for token in tokens]
     if any(token.startswith("▁") for token in tokens):
-        return [readable(token.replace("▁", " ")) for token in tokens]
-    return [readable(token) for token in tokens]
+        return [token.replace("▁", " ") for token in tokens]
+    return list(tokens)
 
 
+@lru_cache(maxsize=2**17)
 def _from_byte_level(token: str) -> str:
     table = _byte_of_character()
     if not all(character in table for character in token):

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from trigram import Trigram
 
-from analysis.usage import UsageCounts, count_experts
+from analysis.counts.usage import UsageCounts, count_experts
 from groundwork.atomic import write_json
 from moe.load import load_model
 from moe.resident import ResidentTracer

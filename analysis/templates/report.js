@@ -70,74 +70,61 @@ const themed = (spec) => {
   };
 };
 
-const draw = (key) => {
-  const place = document.getElementById(`plot-${key}`);
-  const { data, layout } = themed(report.figures[key]);
+/* Figures are drawn when they come near the window, so that the page opens at once however many there are; `draw` brings
+   one up to date that has been drawn. On paper all of them are. */
+report.drawn = new Set();
+
+const PAPER_WIDTH = 680; // px, of A4 and of Letter without their margins
+const SMALLEST_TEXT = 36; // px of a heat map's cell that has room for its number
+
+const drawNow = (key) => {
+  report.drawn.add(key);
+  const place = document.getElementById(`plot-${key}`), { data, layout } = themed(report.figures[key]);
+  if (report.printing) layout.width = Math.min(PAPER_WIDTH, parseFloat(place.style.maxWidth) || PAPER_WIDTH);
+  for (const trace of data) {
+    if (trace.type === "heatmap" && trace.texttemplate && ((layout.width ?? place.clientWidth) - 110) / trace.z[0].length < SMALLEST_TEXT) delete trace.texttemplate;
+  }
   return Plotly.react(place, data, layout, { displayModeBar: false, responsive: true });
 };
-const drawAll = () => Promise.all([...document.querySelectorAll("[data-figure]")].map((place) => draw(place.dataset.figure)));
+report.draw = (key) => (report.drawn.has(key) ? drawNow(key) : undefined);
 
-const fillTable = (details) => {
+const places = [...document.querySelectorAll("[data-figure]")];
+const nearby = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    if (!isIntersecting) continue;
+    nearby.unobserve(target);
+    drawNow(target.dataset.figure);
+  }
+}, { rootMargin: "600px 0px" });
+const startFigures = () => {
+  for (const place of places) {
+    place.style.minHeight = `${report.figures[place.dataset.figure].layout.height ?? 450}px`; // 450 px is plotly's own
+    nearby.observe(place);
+  }
+};
+
+report.fillTable = (details) => {
   if (details.querySelector(".scroll")) return;
   const { columns, rows } = report.tables[details.dataset.table];
   details.append(report.table(columns, rows));
 };
-for (const details of document.querySelectorAll("[data-table]")) details.addEventListener("toggle", () => details.open && fillTable(details));
-
-/* --- transitions --- */
-
-const transitions = { kind: "layers", place: 0, bytes: null };
-
-transitions.show = () => {
-  const { num_experts: experts, layers, tokens } = report.transitions;
-  const shown = transitions.kind === "layers" ? layers : tokens;
-  const slider = document.getElementById("transition-layer");
-  slider.max = Math.max(0, shown.length - 1);
-  transitions.place = Math.min(Math.max(0, transitions.place), Number(slider.max));
-  slider.value = transitions.place;
-  const layer = shown[transitions.place];
-  const spec = report.figures.transitions;
-  const [trace] = spec.data;
-  const name = document.getElementById("transition-name");
-  if (layer === undefined) { name.textContent = "one layer only"; return draw("transitions"); }
-  const size = experts * experts;
-  const first = (transitions.kind === "layers" ? 0 : layers.length * size) + transitions.place * size;
-  const values = transitions.bytes.subarray(first, first + size);
-  trace.z = Array.from({ length: experts }, (_, row) => Array.from(values.subarray(row * experts, (row + 1) * experts),
-    (value) => (value === 65535 ? null : (100 * value) / 65534)));
-  trace.zmax = Math.max(...trace.z.flat().map((value) => value ?? 0), 1e-9);
-  const next = transitions.kind === "layers";
-  name.textContent = next ? `layer ${layer} → ${layer + 1}` : `layer ${layer}`;
-  spec.layout.yaxis.title.text = next ? `chosen at layer ${layer}` : "chosen for the previous token";
-  spec.layout.xaxis.title.text = next ? `share of selections at layer ${layer + 1}, by expert` : `share of selections for the token, by expert`;
-  report.tables.transitions = {
-    columns: [next ? `expert at layer ${layer}` : "expert before", ...trace.z.map((_, expert) => `${expert}, %`)],
-    rows: trace.z.map((row, expert) => [expert, ...row.map((value) => (value === null ? null : value.toFixed(2)))]),
-  };
-  const details = document.querySelector('[data-table="transitions"]');
-  details.querySelector(".scroll")?.remove();
-  if (details.open) fillTable(details);
-  return draw("transitions");
-};
-
-transitions.start = async () => {
-  const bytes = await report.unpack(report.transitions.packed);
-  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  transitions.bytes = Uint16Array.from({ length: bytes.byteLength / 2 }, (_, place) => view.getUint16(2 * place, true));
-  const step = (by) => { transitions.place += by; transitions.show(); };
-  document.getElementById("transition-kind").addEventListener("change", (event) => { transitions.kind = event.target.value; transitions.show(); });
-  document.getElementById("transition-layer").addEventListener("input", (event) => { transitions.place = Number(event.target.value); transitions.show(); });
-  document.getElementById("transition-back").addEventListener("click", () => step(-1));
-  document.getElementById("transition-on").addEventListener("click", () => step(1));
-  await transitions.show();
-};
+for (const details of document.querySelectorAll("[data-table]")) details.addEventListener("toggle", () => details.open && report.fillTable(details));
 
 /* --- the page as a whole --- */
 
-report.redraw = () => { drawAll(); report.journeysChanged?.(); };
+report.redraw = () => { report.drawn.forEach(drawNow); report.journeysChanged?.(); };
 report.dark.addEventListener("change", report.redraw);
-window.addEventListener("beforeprint", () => { report.printing = true; report.redraw(); });
-window.addEventListener("afterprint", () => { report.printing = false; report.redraw(); });
+window.addEventListener("beforeprint", () => {
+  report.printing = true;
+  document.documentElement.dataset.printing = "true"; // the colours of paper, which no media query gives scripts yet
+  for (const place of places) report.drawn.add(place.dataset.figure);
+  report.redraw();
+});
+window.addEventListener("afterprint", () => {
+  report.printing = false;
+  delete document.documentElement.dataset.printing;
+  report.redraw();
+});
 
 const links = [...document.querySelectorAll("nav.contents a")];
 const markSection = () => {
@@ -149,4 +136,10 @@ const markSection = () => {
 };
 window.addEventListener("scroll", markSection, { passive: true });
 
-report.ready = (async () => { markSection(); await transitions.start(); await drawAll(); })();
+/* Scripts of single sections add what has to run before the first drawing. */
+report.starting = [];
+report.ready = new Promise((go) => document.addEventListener("DOMContentLoaded", go, { once: true })).then(async () => {
+  markSection();
+  await Promise.all(report.starting.map((start) => start()));
+  startFigures();
+});

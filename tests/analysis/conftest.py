@@ -1,7 +1,7 @@
 """A small trace folder whose data sets prefer different experts, with token text that tries to break out of a page."""
 
-import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,25 @@ HOSTILE = (
     "e" + "\u0301" * 12,
     "\n",
     "{{ 7 * 7 }}",
+    "<svg/onload=document.documentElement.dataset.hacked=3>",
+    "<a href='javascript:document.documentElement.dataset.hacked=4'>link</a>",
+    "<!--",
 )
 HOSTILE_DATASET = "<a href='https://example.com'>prose</a>"
+HOSTILE_MODEL = "tiny</title><b>mixtral"
 
 MakeRun = Callable[..., Path]
 
 
 def make_sequences(
-    spec: TraceSpec, lengths: list[int], datasets: tuple[str, ...], seed: int = 0
+    spec: TraceSpec,
+    lengths: list[int],
+    datasets: tuple[str, ...],
+    seed: int = 0,
+    texts: tuple[str, ...] = HOSTILE,
+    key: str = "text",
 ) -> list[SequenceTrace]:
-    """Random routing in which data set d favours expert d of every layer."""
+    """Random routing in which data set d favours expert d of every layer; tokens go round `texts`."""
     rng = np.random.default_rng(seed)
     sequences = []
     for number, tokens in enumerate(lengths):
@@ -49,9 +58,9 @@ def make_sequences(
             SequenceTrace(
                 dataset=datasets[which],
                 sequence_id=number,
-                sequence_key=f"text-{number}",
+                sequence_key=f"{key}-{number}",
                 token_ids_T=rng.integers(0, 1000, tokens).astype(np.int32),
-                tokens_T=[HOSTILE[place % len(HOSTILE)] for place in range(tokens)],
+                tokens_T=[texts[place % len(texts)] for place in range(tokens)],
                 phase_T=np.zeros(tokens, dtype=np.uint8),
                 expert_ids_TLK=ids.astype(spec.id_dtype),
                 routing_weights_TLK=weights if "weights" in spec.store else None,
@@ -73,10 +82,14 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         datasets: tuple[str, ...] = (HOSTILE_DATASET, "code", "tables"),
         store: tuple[str, ...] = ("weights",),
         order: str = "weight",
+        tokens: tuple[int, int] = (9, 30),
+        texts: tuple[str, ...] = HOSTILE,
+        key: str = "text",
+        model: str = HOSTILE_MODEL,
     ) -> Path:
         run = tmp_path_factory.mktemp("run")
         spec = TraceSpec(
-            model_name="tiny</title><b>mixtral",
+            model_name=model,
             model_revision=None,
             num_layers=layers,
             num_experts=experts,
@@ -95,15 +108,31 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
             plan_fingerprint="made up",
             store=store,
         )
-        lengths = np.random.default_rng(1).integers(9, 30, sequences).tolist()
+        lengths = np.random.default_rng(1).integers(*tokens, sequences).tolist()
         planned = PlannedShard(0, 0, sequences, sum(lengths))
         with ShardWriter(run, spec, planned) as writer:
-            for sequence in make_sequences(spec, lengths, datasets):
+            for sequence in make_sequences(spec, lengths, datasets, texts=texts, key=key):
                 writer.write(sequence)
             writer.commit()
         return run
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TraceSpec, list[SequenceTrace]], TraceDataset]:
+    """Returns a function that writes sequences, numbered anew, as a trace folder of one shard."""
+
+    def write(spec: TraceSpec, sequences: list[SequenceTrace]) -> TraceDataset:
+        run = tmp_path_factory.mktemp("written")
+        planned = PlannedShard(0, 0, len(sequences), sum(sequence.num_tokens for sequence in sequences))
+        with ShardWriter(run, spec, planned) as writer:
+            for number, sequence in enumerate(sequences):
+                writer.write(replace(sequence, sequence_id=number))
+            writer.commit()
+        return TraceDataset(run)
+
+    return write
 
 
 @pytest.fixture(scope="session")
@@ -119,11 +148,3 @@ def predictors(dataset: TraceDataset) -> dict[str, Predictor]:
 @pytest.fixture(scope="session")
 def evaluation(dataset: TraceDataset, predictors: dict[str, Predictor]) -> dict[str, Any]:
     return evaluate(dataset, {"markov@<b>mine": predictors["markov"]}, bootstrap=50)
-
-
-@pytest.fixture(scope="session")
-def chromium() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no chromium on this machine; 'apt-get install chromium' provides it")
-    return found

@@ -1,16 +1,59 @@
-"""Expert colours: as many as experts, all different, none lost on its background."""
+"""Expert colours: as many as experts, all different, none lost on its background or to colour-blind readers."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from analysis.palette import expert_colours
+from analysis.palette import PATHS, expert_colours
+
+# What is seen of linear RGB without one kind of cone: Machado, Oliveira and Fernandes, "A Physiologically-based Model
+# for Simulation of Color Vision Deficiency", 2009, at severity 1.
+SEEN = {
+    "all cones": np.eye(3),
+    "no L cones": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "no M cones": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "no S cones": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+}
+# Linear RGB to cone responses, and their cube roots to OKLab: Ottosson, "A perceptual color space", 2020.
+TO_CONES = np.array(
+    [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566],
+     [0.0883024619, 0.2817188376, 0.6299787005]]
+)  # fmt: skip
+TO_OKLAB = np.array(
+    [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099],
+     [0.0259040371, 0.7827717662, -0.8086757660]]
+)  # fmt: skip
+JUST_NOTICEABLE = 0.02  # distance in OKLab
+
+
+def linear(colour: str) -> NDArray[np.float64]:
+    channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
 
 
 def luminance(colour: str) -> float:
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return float(linear(colour) @ [0.2126, 0.7152, 0.0722])
+
+
+def closest(colours: list[str], seen: str) -> float:
+    """The smallest distance of two of the colours in OKLab, as seen with these cones."""
+    places = [TO_OKLAB @ np.cbrt(TO_CONES @ np.clip(SEEN[seen] @ linear(colour), 0, 1)) for colour in colours]
+    return float(min(np.linalg.norm(a - b) for a, b in combinations(places, 2)))
+
+
+@pytest.mark.parametrize("seen", SEEN)
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_eight_experts_and_six_paths_stay_apart_for_the_colour_blind(mode: str, seen: str) -> None:
+    assert closest(expert_colours(8, mode), seen) > 3.5 * JUST_NOTICEABLE
+    assert closest(list(PATHS[mode]), seen) > 7 * JUST_NOTICEABLE
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])

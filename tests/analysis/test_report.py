@@ -12,7 +12,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from analysis.report import embedded_json, write_report
+from analysis.page import SCRIPTS, embedded_json
+from analysis.report import write_report
 from analysis.tokens import readable
 from groundwork.errors import ConfigurationError
 from speculation.predictor import Predictor
@@ -60,13 +61,13 @@ def page_data(page: Page) -> dict[str, Any]:
 def test_hostile_text_appears_only_escaped(written: tuple[str, dict[str, Any]]) -> None:
     html, _ = written
     page = Page(html)
-    assert [tag for tag, _ in page.tags].count("script") == len(page.scripts) == 4
+    assert [tag for tag, _ in page.tags].count("script") == len(page.scripts) == 2 + len(SCRIPTS)
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert "<" not in page.scripts[0]
     assert not set("\x00\x07\x1b\u202e\u2066\u200b") & set(html)
     assert "{{ 7 * 7 }}" in json.dumps(page_data(page)["journeys"])
-    labels = [trace["hovertemplate"] for trace in page_data(page)["figures"]["datasets"]["data"]]
+    labels = [trace.get("hovertemplate", "") for trace in page_data(page)["figures"]["datasets"]["data"]]
     assert any("&lt;a href" in text for text in labels)
     assert not any("<a" in text for text in labels)  # plotly would make it a link
 
@@ -110,17 +111,20 @@ def test_the_numbers_are_those_of_the_data(
 
 def test_every_figure_is_a_valid_plotly_figure_with_a_table(written: tuple[str, dict[str, Any]]) -> None:
     data = page_data(Page(written[0]))
-    assert set(data["figures"]) == {
-        *("usage", "datasets", "information", "predictability", "transitions"),
-        *("accuracy_by_layer", "accuracy_by_budget", "differences"),
-    }
+    sections = written[1]["sections"]
+    assert list(sections) == [
+        *("overview", "usage", "specialisation", "coactivation", "transitions", "locality", "token_classes"),
+        *("accuracy", "calibration", "journeys"),
+    ]
+    shown = [key for section in sections.values() for key in section["figures"]]
+    assert len(shown) == len(set(shown))
+    assert set(data["figures"]) == set(data["tables"]) == set(written[1]["figures"]) == set(shown)
     for key, spec in data["figures"].items():
         go.Figure(spec)  # raises on any unknown attribute
         assert spec["data"], key
-        if key != "transitions":  # filled by the page from the packed probabilities
-            table = data["tables"][key]
-            assert table["rows"]
-            assert {len(row) for row in table["rows"]} == {len(table["columns"])}
+        table = data["tables"][key]
+        assert table["rows"], key
+        assert {len(row) for row in table["rows"]} == {len(table["columns"])}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.usage import UsageCounts, information_bits
+from analysis.counts.usage import UsageCounts, information_bits
 from traces.reader import TraceDataset
 
 
@@ -74,3 +74,51 @@ def test_one_data_set_gives_no_information_and_an_unannounced_one_is_refused(dat
         counted(dataset, ["only this"] * 60)
     with pytest.raises(ValueError, match="more sequences"):
         counted(dataset, dataset.datasets)
+
+
+def test_differences_are_found_where_data_sets_differ_and_each_p_is_that_of_a_second_pass(
+    dataset: TraceDataset,
+) -> None:
+    usage = counted(dataset, permutations=99)
+    differences = usage.differences()
+    assert differences is not None
+    for d, name in enumerate(dataset.datasets):
+        row = usage.datasets.index(name)
+        assert (differences.q_DLE[row, :, d] < 0.05).all()  # data set d of the fixture favours expert d
+    rng = np.random.default_rng(0)
+    labels = np.array([usage.datasets.index(info.dataset) for info in dataset.index])
+    ids = [trace.expert_ids_TLK[:, 2] for trace in dataset.sequences()]
+    at_least = np.zeros(8, dtype=int)
+    for _ in range(99):
+        permuted = rng.permutation(labels)
+        shares = []
+        for label in range(3):
+            chosen = np.concatenate([ids[s].ravel() for s in np.flatnonzero(permuted == label)])
+            shares.append(np.bincount(chosen, minlength=8) / len(chosen))
+        difference = np.abs(shares[1] - np.mean(shares, axis=0))
+        at_least += difference >= np.abs(differences.difference_DLE[1, 2]) - 1e-12
+    np.testing.assert_allclose(differences.p_DLE[1, 2], (1 + at_least) / 100)
+
+
+def test_without_an_effect_differences_are_as_often_significant_as_promised(make_traces) -> None:
+    p = []
+    for seed in range(12):
+        traces = make_traces([12] * 30, linger=0.9, seed=seed)
+        usage = UsageCounts(3, 6, [trace.dataset for trace in traces], permutations=99, seed=seed)
+        for trace in traces:
+            usage.add(trace)
+        differences = usage.differences()
+        assert differences is not None
+        p.append(differences.p_DLE)
+        assert (differences.q_DLE < 0.05).mean() < 0.15
+    for alpha in (0.1, 0.5):
+        assert (np.array(p) <= alpha).mean() == pytest.approx(alpha, rel=0.4)
+
+
+def test_the_order_of_sequences_does_not_change_counts(dataset: TraceDataset) -> None:
+    spec = dataset.spec
+    traces = list(dataset.sequences())
+    backwards = UsageCounts(spec.num_layers, spec.num_experts, [trace.dataset for trace in traces[::-1]])
+    for trace in traces[::-1]:
+        backwards.add(trace)
+    np.testing.assert_array_equal(backwards.counts_DLE, counted(dataset).counts_DLE)

@@ -1,21 +1,19 @@
 """How often each layer uses each expert, by data set, and whether that says more about the data set than chance would.
 
-Everything is counted in one pass. The permutation test needs no second one: the shuffled labels of all sequences are
-drawn beforehand, and each sequence is added to its true data set and, for every permutation, to its shuffled one.
+Everything is counted in one pass, the permutation test included (see significance.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.counts.significance import ShuffledCounts, benjamini_hochberg
 from traces.schema import SequenceTrace
 
-NULL_BYTES = (
-    96 * 2**20
-)  # memory that the shuffled counts may take; fewer permutations are made where they would take more
-MIN_PERMUTATIONS = 20
+PERMUTATIONS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +25,16 @@ class MutualInformation:
     shuffled_low_L: NDArray[np.float64]  # 2.5 % quantile over permutations
     shuffled_high_L: NDArray[np.float64]  # 97.5 % quantile
     p_value_L: NDArray[np.float64]  # (1 + permutations at least as large) / (1 + permutations)
+    permutations: int
+
+
+@dataclass(frozen=True, eq=False)
+class Differences:
+    """Each data set's share of selections less the mean share over data sets, with two-sided p and q over all cells."""
+
+    difference_DLE: NDArray[np.float64]
+    p_DLE: NDArray[np.float64]  # (1 + permutations with at least this absolute difference) / (1 + permutations)
+    q_DLE: NDArray[np.float64]  # Benjamini-Hochberg
     permutations: int
 
 
@@ -43,7 +51,7 @@ class UsageCounts:
         num_experts: int,
         sequence_datasets: Sequence[str],
         *,
-        permutations: int = 200,
+        permutations: int = PERMUTATIONS,
         seed: int = 0,
     ) -> None:
         self.num_layers, self.num_experts = num_layers, num_experts
@@ -54,15 +62,8 @@ class UsageCounts:
         self.first_counts_LE = np.zeros(shape[1:], dtype=np.int64)
         self.tokens_D = np.zeros(len(self.datasets), dtype=np.int64)
         self.sequences_D = np.zeros(len(self.datasets), dtype=np.int64)
-        if len(self.datasets) < 2:
-            permutations = 0
-        elif self.counts_DLE.nbytes:
-            permutations = min(permutations, max(MIN_PERMUTATIONS, NULL_BYTES // self.counts_DLE.nbytes))
-        labels_S = np.array([self._row_of[name] for name in sequence_datasets], dtype=np.int32)
-        rng = np.random.default_rng(seed)
-        self._labels_PS = np.stack([rng.permutation(labels_S) for _ in range(permutations)]) if permutations else None
-        self._shuffled_PDLE = np.zeros((permutations, *shape), dtype=np.int64)
-        self._added = 0
+        labels = [self._row_of[name] for name in sequence_datasets]
+        self.shuffled = ShuffledCounts(labels, len(self.datasets), shape[1:], permutations, seed)
 
     def add(self, trace: SequenceTrace) -> None:
         """Add one sequence; raises ValueError for a data set or a sequence that was not announced."""
@@ -70,36 +71,43 @@ class UsageCounts:
             raise ValueError(f"data set {trace.dataset!r} was not announced; known: {', '.join(self.datasets)}")
         counts_LE = count_experts(trace.expert_ids_TLK, self.num_experts)
         row = self._row_of[trace.dataset]
+        self.shuffled.add(counts_LE, trace.num_tokens)
         self.counts_DLE[row] += counts_LE
         self.first_counts_LE += count_experts(trace.expert_ids_TLK[:, :, :1], self.num_experts)
         self.tokens_D[row] += len(trace.expert_ids_TLK)
         self.sequences_D[row] += 1
-        if self._labels_PS is not None:
-            if self._added >= self._labels_PS.shape[1]:
-                raise ValueError(f"more sequences were added than the {self._labels_PS.shape[1]} announced")
-            permutations = np.arange(len(self._labels_PS))
-            self._shuffled_PDLE[permutations, self._labels_PS[:, self._added]] += counts_LE
-        self._added += 1
 
     def share_LE(self) -> NDArray[np.float64]:
         """Return each expert's share of its layer's selections; rows sum to 1 (or are 0 where nothing was traced)."""
-        return _shares(self.counts_DLE.sum(axis=0))
+        return shares(self.counts_DLE.sum(axis=0))
 
     def first_share_LE(self) -> NDArray[np.float64]:
         """Return each expert's share of its layer's first choices; meaningful where `expert_order` is `weight`."""
-        return _shares(self.first_counts_LE)
+        return shares(self.first_counts_LE)
 
     def difference_DLE(self) -> NDArray[np.float64]:
         """Return each data set's share less the mean share over data sets, which weighs every data set alike."""
-        share_DLE = _shares(self.counts_DLE)
-        return np.asarray(share_DLE - share_DLE.mean(axis=0))
+        return _less_the_mean(self.counts_DLE)
+
+    def differences(self) -> Differences | None:
+        """Compare every difference with its values under shuffled labels; None with fewer than two data sets."""
+        if not self.shuffled.permutations:
+            return None
+        observed_DLE = self.difference_DLE()
+        at_least_DLE = np.zeros(observed_DLE.shape, dtype=np.int64)
+        for counts_PDLE in self.shuffled.blocks():
+            at_least_DLE += (np.abs(_less_the_mean(counts_PDLE)) >= np.abs(observed_DLE) - 1e-12).sum(axis=0)
+        p_DLE = (1 + at_least_DLE) / (1 + self.shuffled.permutations)
+        return Differences(observed_DLE, p_DLE, benjamini_hochberg(p_DLE), self.shuffled.permutations)
 
     def mutual_information(self) -> MutualInformation | None:
         """Compare data-set information with shuffled labels; None where there are fewer than two data sets."""
-        if self._labels_PS is None:
+        if not self.shuffled.permutations:
             return None
         bits_L = information_bits(np.moveaxis(self.counts_DLE, 1, 0))
-        shuffled_PL = information_bits(np.moveaxis(self._shuffled_PDLE, 2, 1))
+        shuffled_PL = np.concatenate(
+            [information_bits(np.moveaxis(block, 2, 1)) for block in self.shuffled.blocks()], axis=0
+        )
         low_L, high_L = np.quantile(shuffled_PL, (0.025, 0.975), axis=0)
         at_least_L = (shuffled_PL >= bits_L - 1e-12).sum(axis=0)
         return MutualInformation(
@@ -129,5 +137,12 @@ def information_bits(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray((joint * np.log2(ratio)).sum(axis=(-2, -1)))
 
 
-def _shares(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+def shares(counts: NDArray[np.floating[Any]] | NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+    """Return counts over their sum along the last axis; 0 where that sum is 0."""
     return np.asarray(counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1))
+
+
+def _less_the_mean(counts_DLE: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return shares [..., D, L, E] less their mean over data sets."""
+    share_DLE = shares(counts_DLE)
+    return np.asarray(share_DLE - share_DLE.mean(axis=-3, keepdims=True))

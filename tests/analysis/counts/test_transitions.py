@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from analysis import transitions
-from analysis.transitions import TransitionCounts, conditional, transition_bits
+from analysis.counts import chunks
+from analysis.counts.transitions import TransitionCounts, conditional, transition_bits
 from traces.reader import TraceDataset
 
 
 def test_counts_equal_a_naive_count_and_never_cross_sequences(
     dataset: TraceDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transitions, "CHUNK_TOKENS", 100)  # several chunks, with several sequences in each
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 100)  # several chunks, with several sequences in each
     spec = dataset.spec
     counts = TransitionCounts(spec.num_layers, spec.num_experts)
     layers = np.zeros((spec.num_layers - 1, spec.num_experts, spec.num_experts), dtype=np.int64)

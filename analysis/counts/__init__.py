@@ -1,0 +1,1 @@
+"""Statistics of the routing, one per file, each counted in one streaming pass with bounded memory."""

@@ -1,0 +1,84 @@
+"""How much a selection at one layer tells about a selection at another, for all pairs of layers up to a distance.
+
+A selection is one of a token's K experts, drawn evenly; so the pair table of two layers counts all K x K pairs. A table
+that is filled from finite text shows information even where there is none: the control fills a second table with the
+same layers of two tokens from different sequences, and what it shows is subtracted.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.counts.chunks import Chunk, Chunked, pair_counts
+from analysis.counts.usage import information_bits
+
+TABLE_BYTES = 64 * 2**20  # of all pair tables, and as many again of the control's
+WORK = 1_000_000  # multiplications a token may cost on average; where it would be more, a part of the chunks is counted
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInformation:
+    """Bits [L, L] at [lower layer, higher layer]; NaN on and below the diagonal and beyond the distance counted."""
+
+    bits_LL: NDArray[np.float64]  # observed less control, at least 0
+    observed_LL: NDArray[np.float64]
+    control_LL: NDArray[np.float64]  # scaled to the number of tokens observed; 0 where the run has one sequence only
+    distance: int
+    every: int  # one chunk in so many was counted
+    tokens: int  # counted
+    control_tokens: int
+
+
+class LayerInformationCounts(Chunked):
+    """Pair tables of layers up to `distance` apart and their control, each [distance, L, E, E] integers."""
+
+    min_sequences = 2
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        super().__init__()
+        self.num_layers, self.num_experts = num_layers, num_experts
+        most = max(1, TABLE_BYTES // (8 * num_layers * num_experts**2))
+        self.distance = min(num_layers - 1, most)
+        self.every = -(-num_layers * num_experts**2 * (self.distance + 1) // WORK)
+        shape = (self.distance + 1, num_layers, num_experts, num_experts)
+        self._tables, self._control = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        self._chunks = 0
+        self.tokens = self.control_tokens = 0
+
+    def information(self) -> LayerInformation | None:
+        """Return the information; None for a model of one layer."""
+        self.flush()
+        if self.distance < 1:
+            return None
+        observed_LL, control_LL = self._bits(self._tables), self._bits(self._control)
+        # the excess of an empty relation falls with the number of tokens (Miller 1955, Panzeri and Treves 1996)
+        control_LL *= self.control_tokens / max(self.tokens, 1)
+        return LayerInformation(
+            bits_LL=np.maximum(observed_LL - control_LL, 0.0),
+            observed_LL=observed_LL,
+            control_LL=control_LL,
+            distance=self.distance,
+            every=self.every,
+            tokens=self.tokens,
+            control_tokens=self.control_tokens,
+        )
+
+    def _count(self, chunk: Chunk) -> None:
+        self._chunks += 1
+        if (self._chunks - 1) % self.every or self.distance < 1:
+            return
+        ids_TLK = chunk.ids_TLK
+        self._tables += pair_counts(ids_TLK, ids_TLK, self.num_experts, self.distance)
+        self.tokens += len(ids_TLK)
+        other_T = (np.arange(len(ids_TLK)) + len(ids_TLK) // 2) % len(ids_TLK)
+        apart = np.flatnonzero(chunk.sequence_T != chunk.sequence_T[other_T])
+        self._control += pair_counts(ids_TLK[apart], ids_TLK[other_T[apart]], self.num_experts, self.distance)
+        self.control_tokens += len(apart)
+
+    def _bits(self, tables: NDArray[np.int64]) -> NDArray[np.float64]:
+        bits_LL = np.full((self.num_layers, self.num_layers), np.nan)
+        for distance in range(1, self.distance + 1):
+            lower = np.arange(self.num_layers - distance)
+            bits_LL[lower, lower + distance] = information_bits(tables[distance, : self.num_layers - distance])
+        return bits_LL

@@ -1,0 +1,109 @@
+"""The page: sections poured into one HTML file that opens anywhere without a network.
+
+The file carries its own content security policy: only the scripts written here may run, by their hashes, and nothing
+may be loaded, so that even text which slipped past the escaping could neither run nor call home.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from analysis.figures import Section, grouped
+from analysis.palette import expert_colours
+from analysis.tokens import readable
+
+TEMPLATES = Path(__file__).parent / "templates"
+SCRIPTS = (
+    "report.js",
+    "matrices.js",
+    "journeys.js",
+    "journeys_text.js",
+    "journeys_grid.js",
+    "journeys_paths.js",
+    "journeys_compare.js",
+    "journeys_search.js",
+    "journeys_control.js",
+)
+
+
+def page_data(sections: Sequence[Section], num_experts: int) -> dict[str, Any]:
+    """Return what the page's scripts need: figures and tables by key, every section's own data, and the colours."""
+    figures = [figure for section in sections for figure in section.figures]
+    data: dict[str, Any] = {
+        "figures": {figure.key: figure.spec for figure in figures},
+        "tables": {figure.key: {"columns": figure.columns, "rows": figure.rows} for figure in figures},
+        "colours": {mode: expert_colours(num_experts, mode) for mode in ("light", "dark")},
+    }
+    for section in sections:
+        data |= section.data
+    return data
+
+
+def numbers(sections: Sequence[Section]) -> dict[str, Any]:
+    """Return every number that the page shows, ready for JSON."""
+    found: dict[str, Any] = {
+        "sections": {
+            section.key: {
+                "title": section.title,
+                "lead": section.lead,
+                "figures": [figure.key for figure in section.figures],
+                "notices": [notice.text for notice in section.notices],
+            }
+            for section in sections
+        },
+        "figures": {
+            figure.key: {
+                "title": figure.title,
+                "sentence": figure.sentence,
+                "columns": figure.columns,
+                "rows": figure.rows,
+            }
+            for section in sections
+            for figure in section.figures
+        },
+    }
+    for section in sections:
+        found |= section.numbers
+    return found
+
+
+def render(sections: Sequence[Section], run: Mapping[str, Any]) -> str:
+    """Fill the page's template; `run` describes the traces, as the overview's numbers do.
+
+    The data of the scripts goes in as JSON in which every `<` is written `\\u003c`.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["readable"] = lambda value: readable(str(value))
+    environment.filters["grouped"] = grouped
+    scripts = [get_plotlyjs(), *((TEMPLATES / name).read_text("utf-8") for name in SCRIPTS)]
+    scripts = [script.replace("\r\n", "\n").replace("</script", "<\\/script") for script in scripts]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") for script in scripts]
+    return environment.get_template("report.html.j2").render(
+        sections=sections,
+        run=run,
+        scripts=[Markup(script) for script in scripts],  # our own files and plotly's, never data
+        script_policy=" ".join(f"'sha256-{digest}'" for digest in digests),
+        style=Markup((TEMPLATES / "report.css").read_text("utf-8")),
+        data=Markup(embedded_json(page_data(sections, run["num_experts"]))),
+        written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+
+
+def embedded_json(data: Any) -> str:
+    """Return JSON that no HTML parser can leave: `<`, `>` and `&` are written as escapes; NaN is refused."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
