@@ -14,7 +14,7 @@ from expert_speculation.options import PATH, device_option, seed_option, shard_d
 @click.option("--tokens", is_flag=True, help="Have interlayer use token ids too.")
 @click.option("--option", multiple=True, help="NAME=VALUE of the predictor's own, VALUE in JSON; repeat for several.")
 @click.option("--member", multiple=True, type=PATH, help="Folder of a predictor to stack in an ensemble; repeat.")
-@click.option("--epochs", type=int, help="Passes over the train split; 6 when no limit is given.")
+@click.option("--epochs", type=int, help="Passes over the train split; 10 when no limit is given.")
 @click.option(
     "--max_minutes", type=float, help="Time limit; the learning rate falls towards whichever limit ends first."
 )

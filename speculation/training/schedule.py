@@ -9,7 +9,7 @@ from groundwork.errors import ConfigurationError
 from speculation.training.epoch import Batching
 from speculation.training.state import Progress
 
-DEFAULT_EPOCHS = 6
+DEFAULT_EPOCHS = 10
 BATCH_TOKENS = 320  # smaller steps learn more from each token
 WARMUP_STEPS = 30
 FINAL_RATE = 0.01  # of the learning rate, at the end
@@ -17,7 +17,7 @@ FINAL_RATE = 0.01  # of the learning rate, at the end
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How to train; the first limit reached of epochs, steps and minutes ends it, 6 epochs where none is set.
+    """How to train; the first limit reached of epochs, steps and minutes ends it, 10 epochs where none is set.
 
     A step takes `batch_size * gradient_accumulation_steps` sequences (or pieces of long ones); without `batch_size`
     about `batch_tokens * gradient_accumulation_steps` tokens. `learning_rate` is AdamW's, and Muon's follows it.
