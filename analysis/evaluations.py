@@ -20,6 +20,7 @@ Evaluation = Mapping[str, Any]
 FORMAT_VERSION = 1  # of the evaluation JSON that can be shown
 BASELINES = ("markov", "repeat", "frequency", "chance")
 NONE = {"value": 0.0}
+UNNAMED = "the evaluation"
 BASELINE_STYLES = {  # name: (light colour, dark colour, dash, marker)
     "markov": ("#5b6169", "#b3b8be", "solid", "diamond-open"),
     "repeat": ("#7b828b", "#959ba3", "dash", "square-open"),
@@ -39,46 +40,49 @@ class Style:
     width: float
 
 
-def in_order(evaluations: Sequence[Evaluation], spec: TraceSpec) -> list[Evaluation]:
-    """Return the evaluations by rising horizon.
+def in_order(evaluations: Sequence[Evaluation], spec: TraceSpec, names: Sequence[str] = ()) -> list[Evaluation]:
+    """Return the evaluations by rising horizon; `names` are what errors call them, such as their files.
 
     Raises ConfigurationError where one is none, is of another model or version, or they are not the same texts at
     different horizons.
     """
-    with doubted():
-        for evaluation in evaluations:
-            for name, wanted in (
+    names = names or [UNNAMED] * len(evaluations)
+    horizons: dict[int, str] = {}
+    for name, evaluation in zip(names, evaluations, strict=True):
+        with doubted(name):
+            for key, wanted in (
                 ("format_version", FORMAT_VERSION),
-                *((name, getattr(spec, name)) for name in ("num_layers", "num_experts", "top_k")),
+                *((key, getattr(spec, key)) for key in ("num_layers", "num_experts", "top_k")),
             ):
-                if evaluation[name] != wanted:
+                if evaluation[key] != wanted:
                     raise ConfigurationError(
-                        f"the evaluation has {name} {evaluation[name]!r}, but {wanted} is needed here; "
+                        f"{name} has {key} {evaluation[key]!r}, but {wanted} is needed here; "
                         "evaluate on traces of the same model"
                     )
-        for evaluation in evaluations[1:]:
-            for name in ("split", "sequences", "tokens"):
-                if evaluation.get(name) != evaluations[0].get(name):
+            for key in ("split", "sequences", "tokens"):
+                if evaluation.get(key) != evaluations[0].get(key):
                     raise ConfigurationError(
-                        f"one evaluation has {name} {evaluation.get(name)!r}, another {evaluations[0].get(name)!r}; "
+                        f"{name} has {key} {evaluation.get(key)!r}, {names[0]} {evaluations[0].get(key)!r}; "
                         "evaluate each --horizon on the same traces and split"
                     )
-        horizons = [int(evaluation["horizon"]) for evaluation in evaluations]
-        if len(set(horizons)) < len(horizons):
-            raise ConfigurationError(
-                f"two evaluations have the horizon {max(horizons, key=horizons.count)}; give one for each --horizon"
-            )
-        return sorted(evaluations, key=lambda evaluation: int(evaluation["horizon"]))
+            horizon = int(evaluation["horizon"])
+            if horizon in horizons:
+                raise ConfigurationError(
+                    f"{name} has the horizon {horizon}, and so has {horizons[horizon]}; give one for each --horizon"
+                )
+            horizons[horizon] = name
+    return sorted(evaluations, key=lambda evaluation: int(evaluation["horizon"]))
 
 
 @contextmanager
-def doubted() -> Iterator[None]:
-    """Turn what a malformed evaluation raises into one sentence."""
+def doubted(name: str = UNNAMED) -> Iterator[None]:
+    """Turn what a malformed evaluation raises into one sentence, which calls it by its name."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise ConfigurationError(
-            f"the evaluation is not what 'expert-speculation evaluate --json' writes ({type(error).__name__}: {error})"
+            f"{name} is not what 'expert-speculation evaluate --json' writes ({type(error).__name__}: {error}); "
+            "write it anew"
         ) from error
 
 

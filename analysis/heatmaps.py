@@ -20,12 +20,14 @@ def small_multiples(
 ) -> tuple[dict[str, Any], int]:
     """Return a specification with one panel per name, differences in percentage points, and its least width in px.
 
-    Cells with q of ALPHA or more lie under a veil.
+    Cells with q of ALPHA or more lie under a veil, and so do panels whose q is NaN because they were not tested.
     """
     panels, num_layers, num_experts = points_PLE.shape
     columns = min(panels, MAX_COLUMNS)
     rows = -(-panels // columns)
-    limit = float(np.quantile(np.abs(points_PLE), 0.99)) or 1.0  # the strongest are cut, so that the others show
+    tested_P = np.array([bool(np.isfinite(q_LE).any()) for q_LE in q_PLE], dtype=bool)
+    scaled_PLE = points_PLE[tested_P] if tested_P.any() else points_PLE
+    limit = float(np.quantile(np.abs(scaled_PLE), 0.99)) or 1.0  # the strongest are cut, so that the others show
     height = float(np.clip(num_layers * 9, 110, 260))
     plot_height = rows * height + (rows - 1) * ROW_GAP
     gap_x, gap_y = 0.022, ROW_GAP / plot_height
@@ -51,11 +53,14 @@ def small_multiples(
         panel: dict[str, Any] = {
             "type": "heatmap",
             "z": rounded(points_PLE[place], 2),
-            "customdata": rounded(q_PLE[place], 3),
             "coloraxis": "coloraxis",
             "hovertemplate": f"{label(name)}<br>layer %{{y}}, expert %{{x}}"
-            "<br>%{z:+.2f} points, q = %{customdata:.3f}<extra></extra>",
+            "<br>%{z:+.2f} points, "
+            + ("q = %{customdata:.3f}" if tested_P[place] else "not tested")
+            + "<extra></extra>",
         }
+        if tested_P[place]:
+            panel["customdata"] = rounded(q_PLE[place], 3)
         data += [panel | axes, veil(q_PLE[place] < ALPHA) | axes]
         layout[f"xaxis{suffix}"] = category_axis(num_experts, 6) | {
             "domain": [left, left + width],

@@ -23,6 +23,10 @@ from traces.schema import SequenceTrace, TraceSpec
 
 MAX_TOKENS = 512  # of one sequence; the page stays fast and the file small
 SHORT = 8  # sequences with fewer tokens show little and are taken last
+SEQUENCE_BYTES = 100_000  # of the file, that a sequence may take in the mean
+FEW_SEQUENCES = 24  # as many as there are by default; fewer may take as much as they
+LEAST_TOKENS = 16  # that are shown of a sequence however large a token is
+WEIGHT_STEP = 5  # of 255, of coarse weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +37,7 @@ class Journey:
     sequence_id: int
     sequence_key: str
     split: str
-    num_tokens: int  # of the whole sequence; the arrays are cut at MAX_TOKENS
+    num_tokens: int  # of the whole sequence; the arrays are cut at MAX_TOKENS or fewer
     tokens_T: list[str]
     expert_ids_TLK: NDArray[Any]
     routing_weights_TLK: NDArray[np.float16] | None
@@ -76,6 +80,7 @@ def make(journeys: Sequence[Journey], predictor_names: Sequence[str], spec: Trac
     """Return the section of the journeys; without any, it says how to get them."""
     names = [readable(name) for name in predictor_names]
     scale = weight_scale(journeys)
+    fitted = fit(journeys, spec.num_experts, scale)
     notices = []
     if not journeys:
         notices.append(
@@ -97,7 +102,12 @@ def make(journeys: Sequence[Journey], predictor_names: Sequence[str], spec: Trac
         lead="",
         notices=tuple(notices),
         partial="journeys.html.j2",
-        values={"num_journeys": len(journeys), "predictor_names": names},
+        values={
+            "num_journeys": len(journeys),
+            "predictor_names": names,
+            "first_tokens": fitted.tokens if fitted.cut else None,
+            "weight_step": f"{WEIGHT_STEP / 255 * scale:.2g}" if fitted.coarse else None,
+        },
         data={
             "journeys": {
                 "num_layers": spec.num_layers,
@@ -108,11 +118,42 @@ def make(journeys: Sequence[Journey], predictor_names: Sequence[str], spec: Trac
                 "weight_scale": scale,
                 "predictors": names,
                 "path_colours": PATHS,
-                "sequences": [encode(journey, spec.num_experts, scale) for journey in journeys],
+                "sequences": fitted.encoded,
             }
         },
-        numbers={"journeys": [numbers(journey) for journey in journeys]},
+        numbers={"journeys": [numbers(journey) for journey in fitted.journeys]},
     )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Journeys as the page holds them, within SEQUENCE_BYTES for each of FEW_SEQUENCES or more."""
+
+    journeys: list[Journey]
+    encoded: list[dict[str, Any]]
+    tokens: int  # of a sequence, that are shown at most
+    cut: bool  # to fewer than MAX_TOKENS
+    coarse: bool  # weights are multiples of WEIGHT_STEP / 255 of the largest
+
+
+def fit(journeys: Sequence[Journey], num_experts: int, scale: float) -> Fitted:
+    """Encode journeys; where they would take too much room with coarser weights, then with fewer tokens of each."""
+    room = SEQUENCE_BYTES * max(len(journeys), FEW_SEQUENCES)
+    shown, tokens, coarse = list(journeys), MAX_TOKENS, False
+    while True:
+        encoded = [encode(journey, num_experts, scale, WEIGHT_STEP if coarse else 1) for journey in shown]
+        size = sum(len(each["packed"]) + len("".join(each["tokens"])) for each in encoded)
+        if size <= room or tokens == LEAST_TOKENS:
+            return Fitted(shown, encoded, tokens, tokens < MAX_TOKENS, coarse)
+        if not coarse and journeys[0].routing_weights_TLK is not None:
+            coarse = True
+            continue
+        lengths = [len(journey.tokens_T) for journey in shown]
+        per_token = size / sum(lengths)
+        lower = range(min(tokens, max(lengths)) - 1, LEAST_TOKENS - 1, -1)
+        fitting = (t for t in lower if per_token * sum(min(length, t) for length in lengths) <= room)
+        tokens = next(fitting, LEAST_TOKENS)
+        shown = [_first(journey, tokens) for journey in shown]
 
 
 def weight_scale(journeys: Sequence[Journey]) -> float:
@@ -124,17 +165,17 @@ def weight_scale(journeys: Sequence[Journey]) -> float:
     return largest or 1.0
 
 
-def encode(journey: Journey, num_experts: int, scale: float) -> dict[str, Any]:
+def encode(journey: Journey, num_experts: int, scale: float, step: int = 1) -> dict[str, Any]:
     """Return what the page needs of a journey; `packed` is base64 of gzip of ids, weights and each predictor's guesses.
 
     All are arrays [T, L, K]: ids and guesses as uint8, or little-endian uint16 where E > 256; weights as uint8 in units
-    of `scale` / 255, absent where the run has none.
+    of `scale` / 255, multiples of `step` (a divisor of 255), absent where the run has none.
     """
     id_type = "<u1" if num_experts <= 256 else "<u2"
     parts = [journey.expert_ids_TLK.astype(id_type).tobytes()]
     if journey.routing_weights_TLK is not None:
         relative = np.nan_to_num(journey.routing_weights_TLK.astype(np.float32) / scale, posinf=1.0, neginf=0.0)
-        parts.append(np.rint(255 * relative.clip(0.0, 1.0)).astype(np.uint8).tobytes())
+        parts.append((step * np.rint(255 / step * relative.clip(0.0, 1.0))).astype(np.uint8).tobytes())
     parts += [guess.astype(id_type).tobytes() for guess in journey.guesses.values()]
     return _labels(journey) | {"packed": pack(b"".join(parts))}
 
@@ -147,6 +188,18 @@ def numbers(journey: Journey) -> dict[str, Any]:
         "routing_weights": None if weights is None else np.round(weights.astype(np.float64), 4).tolist(),
         "guesses": {name: guess.tolist() for name, guess in journey.guesses.items()},
     }
+
+
+def _first(journey: Journey, tokens: int) -> Journey:
+    """Return the first tokens of a journey."""
+    weights = journey.routing_weights_TLK
+    return replace(
+        journey,
+        tokens_T=journey.tokens_T[:tokens],
+        expert_ids_TLK=journey.expert_ids_TLK[:tokens],
+        routing_weights_TLK=None if weights is None else weights[:tokens],
+        guesses={name: guess[:tokens] for name, guess in journey.guesses.items()},
+    )
 
 
 def _row_group(info: SequenceInfo) -> tuple[int, int]:

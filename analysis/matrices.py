@@ -12,6 +12,7 @@ from analysis.figures import Figure, heatmap, heatmap_layout, pack, rounded
 MAX_VALUES = 500_000  # of all matrices of one figure; layers are thinned out evenly beyond
 NEVER = 65535  # packed value of a cell without a number
 LIFT_UNIT = 1 / 16  # octaves
+PERCENT_UNIT = 0.01  # as the table shows them
 MAX_OCTAVES = 4
 
 
@@ -28,7 +29,7 @@ class Matrices:
 
 def percentages(key: str, title: str, sentence: str, kinds: Sequence[Matrices], hover: str) -> tuple[Figure, Any]:
     """Return the figure of matrices in per cent, and the data of the script that steps through them."""
-    return _stepped(key, title, sentence, kinds, hover, low=0.0, unit=100 / (NEVER - 1), lifts=False)
+    return _stepped(key, title, sentence, kinds, hover, low=0.0, unit=PERCENT_UNIT, lifts=False)
 
 
 def lifts(key: str, title: str, sentence: str, kinds: Sequence[Matrices], hover: str) -> tuple[Figure, Any]:

@@ -2,6 +2,9 @@
 
 The file carries its own content security policy: only the scripts written here may run, by their hashes, and nothing
 may be loaded, so that even text which slipped past the escaping could neither run nor call home.
+
+plotly is most of a small report, figures and their tables most of a large one: both go in as base64 of gzip, which the
+page unpacks. plotly's script is then put into the page as an element with text, which the policy lets run by its hash.
 """
 
 import base64
@@ -16,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from analysis.figures import Section, grouped
+from analysis.figures import Section, grouped, pack
 from analysis.palette import expert_colours
 from analysis.tokens import readable
 
@@ -35,16 +38,20 @@ SCRIPTS = (
 
 
 def page_data(sections: Sequence[Section], num_experts: int) -> dict[str, Any]:
-    """Return what the page's scripts need: figures and tables by key, every section's own data, and the colours."""
-    figures = [figure for section in sections for figure in section.figures]
-    data: dict[str, Any] = {
-        "figures": {figure.key: figure.spec for figure in figures},
-        "tables": {figure.key: {"columns": figure.columns, "rows": figure.rows} for figure in figures},
-        "colours": {mode: expert_colours(num_experts, mode) for mode in ("light", "dark")},
-    }
+    """Return what the page's scripts need at once: every section's own data, and the colours."""
+    data: dict[str, Any] = {"colours": {mode: expert_colours(num_experts, mode) for mode in ("light", "dark")}}
     for section in sections:
         data |= section.data
     return data
+
+
+def figure_data(sections: Sequence[Section]) -> dict[str, Any]:
+    """Return what the figures are drawn from, and the tables behind them, by key."""
+    figures = [figure for section in sections for figure in section.figures]
+    return {
+        "figures": {figure.key: figure.spec for figure in figures},
+        "tables": {figure.key: {"columns": figure.columns, "rows": figure.rows} for figure in figures},
+    }
 
 
 def numbers(sections: Sequence[Section]) -> dict[str, Any]:
@@ -89,13 +96,17 @@ def render(sections: Sequence[Section], run: Mapping[str, Any]) -> str:
     )
     environment.filters["readable"] = lambda value: readable(str(value))
     environment.filters["grouped"] = grouped
-    scripts = [get_plotlyjs(), *((TEMPLATES / name).read_text("utf-8") for name in SCRIPTS)]
+    plotly, *scripts = [get_plotlyjs(), *((TEMPLATES / name).read_text("utf-8") for name in SCRIPTS)]
     scripts = [script.replace("\r\n", "\n").replace("</script", "<\\/script") for script in scripts]
-    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") for script in scripts]
+    digests = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") for script in (plotly, *scripts)
+    ]
     return environment.get_template("report.html.j2").render(
         sections=sections,
         run=run,
-        scripts=[Markup(script) for script in scripts],  # our own files and plotly's, never data
+        scripts=[Markup(script) for script in scripts],  # our own files, never data
+        plotly=pack(plotly.encode()),
+        figures=pack(embedded_json(figure_data(sections)).encode()),
         script_policy=" ".join(f"'sha256-{digest}'" for digest in digests),
         style=Markup((TEMPLATES / "report.css").read_text("utf-8")),
         data=Markup(embedded_json(page_data(sections, run["num_experts"]))),

@@ -41,6 +41,7 @@ def write_report(
     output: Path,
     *,
     evaluation: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    evaluation_names: Sequence[str] = (),
     compared_with: TraceDataset | None = None,
     journeys: int = 24,
     figures_dir: Path | None = None,
@@ -50,7 +51,8 @@ def write_report(
     """Write the HTML report of a trace folder to `output` and return every number it shows, ready for JSON.
 
     `predictors` are asked for their guesses in `journeys` sequences; `evaluation` is the evaluation JSON, or several at
-    different horizons, and where it is None the accuracy section says how to get one. A second run, `compared_with`,
+    different horizons, and where it is None the accuracy section says how to get one; `evaluation_names`, one for each,
+    are what errors call them. A second run, `compared_with`,
     is laid beside this one in a section of its own. With `figures_dir` every figure is also written there, as `svg`,
     `png` or `pdf`. Raises ConfigurationError when the folder is no trace or lacks a column that a predictor requires,
     when the evaluation is none or one of another model, `output` is a folder, or figures can not be drawn, which
@@ -64,7 +66,10 @@ def write_report(
         predictor.check_shape(dataset, name)
     spec = dataset.spec
     # before the pass, since these refuse what is no evaluation of this model
-    evaluations = in_order(_several(evaluation), spec)
+    evaluations = in_order(_several(evaluation), spec, evaluation_names)
+    for each, name in zip(_several(evaluation), evaluation_names, strict=False):  # so that errors name the one
+        accuracy.make([each], name)
+        calibration.make([each], name)
     predicted = [accuracy.make(evaluations), *([calibration.make(evaluations)] if evaluations else [])]
     counts = RunCounts(dataset, seed=seed).read(dataset)
     chosen = choose_sequences(dataset.index, journeys, seed)

@@ -23,8 +23,11 @@ EMPTY_FIGURES = """async () => {
     .some((mark) => { const box = mark.getBoundingClientRect(); return box.width > 1 && box.height + box.width > 2; });
   const empty = [];
   for (const place of document.querySelectorAll("[data-figure]")) {
-    place.scrollIntoView({ behavior: "instant" });
-    for (let tries = 0; tries < 100 && !drawn(place); tries++) await new Promise((go) => setTimeout(go, 20));
+    for (let tries = 0; tries < 500; tries++) {
+      if (tries % 25 === 0) place.scrollIntoView({ behavior: "instant" });  // again, for the page may have grown
+      if (drawn(place)) break;
+      await new Promise((go) => setTimeout(go, 20));
+    }
     if (!drawn(place)) empty.push(place.dataset.figure);
   }
   return empty;
@@ -58,6 +61,17 @@ def open_page(browser: "Browser") -> "Iterator[Callable[..., Page]]":
     The test fails if a page wrote an error or warning to the console, threw, asked for anything but its own file, or
     holds a figure in which nothing is drawn.
     """
+    yield from watched(browser)
+
+
+@pytest.fixture(scope="module")
+def open_page_once(browser: "Browser") -> "Iterator[Callable[..., Page]]":
+    """The same for a page that the tests of a file go through together; the last of them has the complaints."""
+    yield from watched(browser)
+
+
+def watched(browser: "Browser") -> "Iterator[Callable[..., Page]]":
+    """Yield what opens pages, then fail for all that was wrong with them."""
     pages: list[Page] = []
     complaints: list[str] = []
 

@@ -11,18 +11,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.counts.significance import benjamini_hochberg
+from analysis.counts.significance import Moments, benjamini_hochberg
 from analysis.counts.usage import UsageCounts, shares
 
 
 @dataclass(frozen=True, eq=False)
 class Focus:
-    """Focus of every expert with its value under shuffled labels; NaN where an expert is never chosen."""
+    """Focus of every expert with its value under shuffled labels; NaN where an expert is never chosen.
+
+    D counts the data sets that have enough sequences to be compared.
+    """
 
     favourite_LE: NDArray[np.int64]  # place in `UsageCounts.datasets`
     focus_LE: NDArray[np.float64]  # 1 / D to 1
     chance_LE: NDArray[np.float64]  # mean over permutations
-    p_LE: NDArray[np.float64]  # one-sided
+    p_LE: NDArray[np.float64]  # one-sided, from the moments of the permutations, see significance.py
     q_LE: NDArray[np.float64]  # Benjamini-Hochberg over all experts of all layers
     permutations: int
 
@@ -50,25 +53,25 @@ def gini(share: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def focus(usage: UsageCounts) -> Focus | None:
-    """Return every expert's focus against shuffled labels; None where there are fewer than two data sets."""
+    """Return every expert's focus against shuffled labels; None without two data sets to compare."""
     if not usage.shuffled.permutations:
         return None
-    parts_DLE = _parts(usage.counts_DLE)
+    parts_DLE = _parts(usage.counts_DLE[usage.compared])
     focus_LE = parts_DLE.max(axis=0)
-    total_LE, at_least_LE = np.zeros_like(focus_LE), np.zeros(focus_LE.shape, dtype=np.int64)
-    for counts_PDLE in usage.shuffled.blocks():
-        shuffled_PLE = _parts(counts_PDLE).max(axis=1)
-        total_LE += shuffled_PLE.sum(axis=0)
-        at_least_LE += (shuffled_PLE >= focus_LE - 1e-12).sum(axis=0)
-    permutations = usage.shuffled.permutations
-    p_LE = np.where(np.isnan(focus_LE), np.nan, (1 + at_least_LE) / (1 + permutations))
+    # an expert that a permutation leaves without any use would make its mean NaN: it counts as used by all alike
+    shuffled = (
+        np.nan_to_num(_parts(counts_PDLE).max(axis=1), nan=1 / len(usage.compared))
+        for counts_PDLE in usage.shuffled.blocks()
+    )
+    moments = Moments.of(shuffled)
+    p_LE = np.where(np.isnan(focus_LE), np.nan, moments.upper(focus_LE))
     return Focus(
-        favourite_LE=np.nan_to_num(parts_DLE, nan=-1.0).argmax(axis=0),
+        favourite_LE=np.array(usage.compared)[np.nan_to_num(parts_DLE, nan=-1.0).argmax(axis=0)],
         focus_LE=focus_LE,
-        chance_LE=total_LE / permutations,
+        chance_LE=np.where(np.isnan(focus_LE), np.nan, moments.mean),
         p_LE=p_LE,
         q_LE=benjamini_hochberg(p_LE),
-        permutations=permutations,
+        permutations=usage.shuffled.permutations,
     )
 
 

@@ -4,8 +4,9 @@ A class is compared with all tokens of the same sequence, so that what differs b
 sequence s, x_s is how often the expert was chosen for the class's tokens less what the sequence's own mean would give
 for as many tokens. The difference shown is the sum of x_s over the number of those selections, and the test is
 Student's t of the x_s against 0 with sequences as the unit: permuting classes among tokens would take neighbours for
-independent and find everything significant. The q-values are Benjamini and Hochberg's over all classes, layers and
-experts.
+independent and find everything significant. The variance is at least that of as many tokens drawn at random from the
+sequence: where a class has few tokens and an expert few uses, it may be that no sequence shows a use, and x_s that
+hardly differ would look certain. The q-values are Benjamini and Hochberg's over all classes, layers and experts.
 """
 
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ class TokenClassCounts(Chunked):
         self._counts_CN = np.zeros((len(CLASSES), size))
         self._excess_CN = np.zeros((len(CLASSES), size))
         self._squares_CN = np.zeros((len(CLASSES), size))
+        self._chance_CN = np.zeros((len(CLASSES), size))  # variance of the excess if tokens were independent
         self._tokens_C = np.zeros(len(CLASSES), dtype=np.int64)
         self._sequences_C = np.zeros(len(CLASSES), dtype=np.int64)
         self._top_k = 1
@@ -70,6 +72,7 @@ class TokenClassCounts(Chunked):
         selections_C1 = self._tokens_C[kept, None] * self._top_k
         excess_CN, squares_CN = self._excess_CN[kept], self._squares_CN[kept]
         variance_CN = np.maximum(squares_CN - excess_CN**2 / number_C1, 0.0) * number_C1 / (number_C1 - 1)
+        variance_CN = np.maximum(variance_CN, self._chance_CN[kept])
         moved = variance_CN > 1e-12
         t_CN = np.divide(excess_CN, np.sqrt(variance_CN), out=np.zeros_like(excess_CN), where=moved)
         p_CN = np.where(moved, 2 * stats.t.sf(np.abs(t_CN), number_C1 - 1), 1.0)
@@ -120,9 +123,14 @@ class TokenClassCounts(Chunked):
         self._counts_CN += counts_CN
         self._tokens_C += tokens_C
         tested = np.flatnonzero((tokens_C > 0) & (tokens_C < len(ids_TLK)))
+        if not len(tested):
+            return
         excess = counts_CN[tested] - tokens_C[tested, None] / len(ids_TLK) * all_N
         self._excess_CN[tested] += excess
         self._squares_CN[tested] += excess**2
+        use_N, drawn_C = all_N / len(ids_TLK), tokens_C[tested] / len(ids_TLK)
+        scale_C = len(ids_TLK) ** 2 / (len(ids_TLK) - 1) * drawn_C * (1 - drawn_C)  # drawn without replacement
+        self._chance_CN[tested] += scale_C[:, None] * (use_N * (1 - use_N))
         self._sequences_C[tested] += 1
 
     def _keep_examples(self, ids_TLK: NDArray[np.integer], kind_T: NDArray[np.int64], texts: list[str]) -> None:

@@ -3,6 +3,7 @@
 Everything is counted in one pass, the permutation test included (see significance.py).
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.counts.significance import ShuffledCounts, benjamini_hochberg
+from analysis.counts.significance import Moments, ShuffledCounts, benjamini_hochberg
 from traces.schema import SequenceTrace
 
 PERMUTATIONS = 1000
+LEAST_SEQUENCES = 8  # of a data set that is compared with others: the mean of fewer says more about them than about it
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +32,13 @@ class MutualInformation:
 
 @dataclass(frozen=True, eq=False)
 class Differences:
-    """Each data set's share of selections less the mean share over data sets, with two-sided p and q over all cells."""
+    """Each data set's share less the mean share over those compared, with two-sided p and q over the cells of these.
+
+    p and q are NaN for data sets of too few sequences to be compared.
+    """
 
     difference_DLE: NDArray[np.float64]
-    p_DLE: NDArray[np.float64]  # (1 + permutations with at least this absolute difference) / (1 + permutations)
+    p_DLE: NDArray[np.float64]  # from the moments of the permutations, see significance.py
     q_DLE: NDArray[np.float64]  # Benjamini-Hochberg
     permutations: int
 
@@ -42,7 +47,8 @@ class UsageCounts:
     """Counts of routed experts by data set (D), layer (L) and expert (E), with P shuffled copies.
 
     `sequence_datasets` holds the data set of every sequence that will be added, in any order: labels are permuted over
-    sequences, never over tokens, because tokens of one sequence are not independent.
+    sequences, never over tokens, because tokens of one sequence are not independent. Only data sets that have
+    LEAST_SEQUENCES are compared: they alone are shuffled, and are what a mean over data sets is taken over.
     """
 
     def __init__(
@@ -62,16 +68,23 @@ class UsageCounts:
         self.first_counts_LE = np.zeros(shape[1:], dtype=np.int64)
         self.tokens_D = np.zeros(len(self.datasets), dtype=np.int64)
         self.sequences_D = np.zeros(len(self.datasets), dtype=np.int64)
-        labels = [self._row_of[name] for name in sequence_datasets]
-        self.shuffled = ShuffledCounts(labels, len(self.datasets), shape[1:], permutations, seed)
+        announced = Counter(sequence_datasets)
+        self._announced_D = np.array([announced[name] for name in self.datasets], dtype=np.int64)
+        self.compared = [row for row, number in enumerate(self._announced_D.tolist()) if number >= LEAST_SEQUENCES]
+        place_of = {self.datasets[row]: place for place, row in enumerate(self.compared)}
+        labels = [place_of[name] for name in sequence_datasets if name in place_of]
+        self.shuffled = ShuffledCounts(labels, len(self.compared), shape[1:], permutations, seed)
 
     def add(self, trace: SequenceTrace) -> None:
         """Add one sequence; raises ValueError for a data set or a sequence that was not announced."""
         if trace.dataset not in self._row_of:
             raise ValueError(f"data set {trace.dataset!r} was not announced; known: {', '.join(self.datasets)}")
-        counts_LE = count_experts(trace.expert_ids_TLK, self.num_experts)
         row = self._row_of[trace.dataset]
-        self.shuffled.add(counts_LE, trace.num_tokens)
+        if self.sequences_D[row] == self._announced_D[row]:
+            raise ValueError(f"more sequences of {trace.dataset!r} than the {self._announced_D[row]} announced")
+        counts_LE = count_experts(trace.expert_ids_TLK, self.num_experts)
+        if row in self.compared:
+            self.shuffled.add(counts_LE, trace.num_tokens)
         self.counts_DLE[row] += counts_LE
         self.first_counts_LE += count_experts(trace.expert_ids_TLK[:, :, :1], self.num_experts)
         self.tokens_D[row] += len(trace.expert_ids_TLK)
@@ -86,25 +99,25 @@ class UsageCounts:
         return shares(self.first_counts_LE)
 
     def difference_DLE(self) -> NDArray[np.float64]:
-        """Return each data set's share less the mean share over data sets, which weighs every data set alike."""
-        return _less_the_mean(self.counts_DLE)
+        """Return each data set's share less the mean share over those compared, each of which weighs alike."""
+        share_DLE = shares(self.counts_DLE)
+        return np.asarray(share_DLE - share_DLE[self.compared].mean(axis=0))
 
     def differences(self) -> Differences | None:
-        """Compare every difference with its values under shuffled labels; None with fewer than two data sets."""
+        """Compare every difference with its values under shuffled labels; None without two data sets to compare."""
         if not self.shuffled.permutations:
             return None
         observed_DLE = self.difference_DLE()
-        at_least_DLE = np.zeros(observed_DLE.shape, dtype=np.int64)
-        for counts_PDLE in self.shuffled.blocks():
-            at_least_DLE += (np.abs(_less_the_mean(counts_PDLE)) >= np.abs(observed_DLE) - 1e-12).sum(axis=0)
-        p_DLE = (1 + at_least_DLE) / (1 + self.shuffled.permutations)
+        moments = Moments.of(_less_the_mean(counts_PDLE) for counts_PDLE in self.shuffled.blocks())
+        p_DLE = np.full(observed_DLE.shape, np.nan)
+        p_DLE[self.compared] = moments.two_sided(observed_DLE[self.compared])
         return Differences(observed_DLE, p_DLE, benjamini_hochberg(p_DLE), self.shuffled.permutations)
 
     def mutual_information(self) -> MutualInformation | None:
-        """Compare data-set information with shuffled labels; None where there are fewer than two data sets."""
+        """Compare data-set information with shuffled labels; None without two data sets to compare."""
         if not self.shuffled.permutations:
             return None
-        bits_L = information_bits(np.moveaxis(self.counts_DLE, 1, 0))
+        bits_L = information_bits(np.moveaxis(self.counts_DLE[self.compared], 1, 0))
         shuffled_PL = np.concatenate(
             [information_bits(np.moveaxis(block, 2, 1)) for block in self.shuffled.blocks()], axis=0
         )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analysis.evaluations import BASELINES, Evaluation, doubted, series_names, words
+from analysis.evaluations import BASELINES, UNNAMED, Evaluation, doubted, series_names, words
 from analysis.figures import Notice, Section, grouped
 from analysis.sections import accuracy_figures
 from analysis.tokens import readable
@@ -21,15 +21,15 @@ ONE_HORIZON = Notice(
 )
 
 
-def make(evaluations: Sequence[Evaluation]) -> Section:
+def make(evaluations: Sequence[Evaluation], name: str = UNNAMED) -> Section:
     """Return the section of evaluations, checked and by rising horizon; without one, how to get it.
 
     Headline, tables and all figures but that of horizons are those of the first. Raises ConfigurationError where one
-    is not what `evaluate --json` writes.
+    is not what `evaluate --json` writes; the sentence calls it `name`.
     """
     if not evaluations:
         return Section("accuracy", "Prediction accuracy", lead="", notices=(NO_EVALUATION,))
-    with doubted():
+    with doubted(name):
         return _section(evaluations)
 
 

@@ -63,13 +63,15 @@ def layer_figure(evaluation: Evaluation) -> Figure:
     layout = line_layout("layer", "", height=400)
     layout["yaxis"] |= {"ticksuffix": " %", "title": {"text": f"recall at {budget}"}}
     layout["xaxis"] |= ticks(int(evaluation["num_layers"]), 16)
+    horizon = int(evaluation["horizon"])
+    lowest = "layer 0 is" if horizon == 1 else f"layers 0 to {horizon - 1} are"
     return Figure(
         key="accuracy_by_layer",
         title=f"Recall at {budget} experts, by layer",
         sentence=(
             f"The share of a layer's {budget} routed experts that a predictor names with {budget} guesses: coloured "
-            "lines are the predictors with 95 % bands, grey ones the baselines; layers below "
-            f"{evaluation['horizon']} are guessed from earlier tokens alone.{_hardest_layer(evaluation, budget)}"
+            f"lines are the predictors with 95 % bands, grey ones the baselines; {lowest} guessed from earlier tokens "
+            f"alone.{_hardest_layer(evaluation, budget)}"
         ),
         spec={"data": data, "layout": layout},
         columns=["predictor", "layer", "recall, %", "95 % from", "to"],

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.evaluations import Evaluation, Style, doubted, per_cent, per_cent_row, styles, words
+from analysis.evaluations import UNNAMED, Evaluation, Style, doubted, per_cent, per_cent_row, styles, words
 from analysis.figures import Figure, Notice, Section, dots, dots_layout, grouped, line, line_layout, rounded
 from analysis.tokens import readable
 
@@ -21,12 +21,12 @@ LEAD = (
 )
 
 
-def make(evaluations: Sequence[Evaluation]) -> Section:
+def make(evaluations: Sequence[Evaluation], name: str = UNNAMED) -> Section:
     """Return the section of evaluations, checked and by rising horizon; the diagram is that of the first.
 
-    Raises ConfigurationError where one is not what `evaluate --json` writes.
+    Raises ConfigurationError where one is not what `evaluate --json` writes; the sentence calls it `name`.
     """
-    with doubted():
+    with doubted(name):
         if not _calibrated(evaluations[0]):
             return Section("calibration", "Calibration", LEAD, notices=(NO_PROBABILITIES,))
         figures = (reliability_figure(evaluations[0]), error_figure(evaluations))

@@ -6,11 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.counts.specialisation import Focus, effective_number, entropy_bits, focus, gini
-from analysis.counts.usage import UsageCounts, shares
+from analysis.counts.usage import LEAST_SEQUENCES, UsageCounts, shares
 from analysis.figures import (
     SERIES,
     Figure,
-    Notice,
     Section,
     band,
     heatmap,
@@ -21,6 +20,7 @@ from analysis.figures import (
     ticks,
 )
 from analysis.heatmaps import ALPHA, veil
+from analysis.sections.usage import too_few
 from analysis.tokens import readable
 
 GREY = ("#7b828b", "#959ba3")
@@ -32,22 +32,24 @@ def make(usage: UsageCounts) -> Section:
     notices = []
     focused = focus(usage)
     if focused is None:
-        notices.append(
-            Notice(
-                "Whether experts belong to data sets needs at least two of them:",
-                ("expert-speculation collect --datasets installed",),
-            )
-        )
+        notices.append(too_few(usage, "see whether experts belong to single ones"))
     else:
-        figures += [focus_by_layer_figure(focused, len(usage.datasets)), focus_figure(focused, usage.datasets)]
+        figures += [
+            focus_by_layer_figure(focused, len(usage.compared)),
+            focus_figure(focused, usage.datasets, len(usage.compared)),
+        ]
     return Section(
         key="specialisation",
         title="Specialisation",
         lead=(
             "Experts may share the work of a layer evenly over all texts and still divide it by kind of text: the "
-            "first "
-            "is measured by the spread of a layer's selections, the second by an expert's focus, the part of its "
+            "first is measured by the spread of a layer's selections, the second by an expert's focus, the part of its "
             "selections that come from its favourite data set, all data sets weighed alike."
+            + (
+                f" Those of fewer than {LEAST_SEQUENCES} sequences are left out where data sets are compared."
+                if len(usage.compared) < len(usage.datasets)
+                else ""
+            )
         ),
         figures=tuple(figures),
         notices=tuple(notices),
@@ -56,9 +58,10 @@ def make(usage: UsageCounts) -> Section:
 
 def evenness_figure(usage: UsageCounts) -> Figure:
     """Effective number of experts and Gini coefficient by layer, of all text and of single data sets."""
-    share_LE, share_DLE = usage.share_LE(), shares(usage.counts_DLE)
+    share_LE, share_DLE = usage.share_LE(), shares(usage.counts_DLE[usage.compared])
     num_layers, num_experts = share_LE.shape
-    several = len(usage.datasets) > 1
+    several = len(usage.compared) > 1
+    compared = [usage.datasets[d] for d in usage.compared]
     layers = list(range(num_layers))
     data = []
     layout = line_layout("layer", "effective number of experts", height=340)
@@ -107,7 +110,7 @@ def evenness_figure(usage: UsageCounts) -> Figure:
             "entropy, % of the most possible",
             "effective experts",
             "Gini",
-            *(f"effective experts, {readable(name)}" for name in usage.datasets if several),
+            *(f"effective experts, {readable(name)}" for name in compared if several),
         ],
         rows=[
             [
@@ -173,12 +176,12 @@ def focus_by_layer_figure(focused: Focus, num_datasets: int) -> Figure:
     )
 
 
-def focus_figure(focused: Focus, datasets: Sequence[str]) -> Figure:
+def focus_figure(focused: Focus, datasets: Sequence[str], compared: int) -> Figure:
     """Heatmap of every expert's focus; the table lists the experts from most to least focused."""
     percent_LE: NDArray[np.float64] = 100 * focused.focus_LE
     num_layers, num_experts = percent_LE.shape
     names = [readable(name) for name in datasets]
-    trace = heatmap(percent_LE, "sequential", zmin=100 / len(datasets), zmax=float(np.nanmax(percent_LE))) | {
+    trace = heatmap(percent_LE, "sequential", zmin=100 / compared, zmax=float(np.nanmax(percent_LE))) | {
         "customdata": [[names[d] for d in row] for row in focused.favourite_LE.tolist()],
         "hovertemplate": "layer %{y}, expert %{x}<br>%{z:.1f} % from %{customdata}<extra></extra>",
         "colorbar": {"ticksuffix": " %"},
@@ -186,18 +189,21 @@ def focus_figure(focused: Focus, datasets: Sequence[str]) -> Figure:
     gap = {"xgap": trace["xgap"], "ygap": trace["ygap"]}
     order = np.argsort(-np.nan_to_num(percent_LE, nan=-1.0), axis=None, kind="stable")
     places = [tuple(int(i) for i in np.unravel_index(place, percent_LE.shape)) for place in order]
-    layer, expert = places[0]
+    clear_LE = focused.q_LE < ALPHA
+    layer, expert = next((place for place in places if clear_LE[place]), places[0])
     return Figure(
         key="focus",
         title="Focus of every expert",
         sentence=(
             "The stronger a cell's colour, the more of the expert's selections come from one data set; faded cells "
-            "may be "
-            f"chance. The most focused is expert {expert} of layer {layer}, {percent_LE[layer, expert]:.1f} % of whose "
-            f"selections come from {names[focused.favourite_LE[layer, expert]]} (shuffled labels give "
-            f"{100 * focused.chance_LE[layer, expert]:.1f} %); the table lists all from most to least focused."
+            f"may be chance. The most focused{' beyond chance' if clear_LE.any() else ''} is expert {expert} of layer "
+            f"{layer}, {percent_LE[layer, expert]:.1f} % of whose selections come from "
+            f"{names[focused.favourite_LE[layer, expert]]} (shuffled labels give "
+            f"{100 * focused.chance_LE[layer, expert]:.1f} % on average; q = {focused.q_LE[layer, expert]:.2g})"
+            + ("" if clear_LE.any() else ", and no expert is beyond chance once all of them are tested")
+            + "; the table lists all from most to least focused."
         ),
-        spec={"data": [trace, veil(focused.q_LE < ALPHA) | gap], "layout": heatmap_layout(num_layers, num_experts)},
+        spec={"data": [trace, veil(clear_LE) | gap], "layout": heatmap_layout(num_layers, num_experts)},
         columns=["layer", "expert", "favourite data set", "focus, %", "under shuffled labels, %", "p", "q"],
         rows=[
             [

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.counts.usage import Differences, MutualInformation, UsageCounts
+from analysis.counts.significance import benjamini_hochberg
+from analysis.counts.usage import LEAST_SEQUENCES, Differences, MutualInformation, UsageCounts
 from analysis.figures import (
     SERIES,
     Figure,
@@ -22,6 +23,7 @@ from analysis.heatmaps import ALPHA, small_multiples
 from analysis.tokens import readable
 
 SMALL_MULTIPLES = 12  # data sets drawn side by side; the table holds all of them
+SMALL_P = 0.01  # of which chance alone has so many
 MAX_OCTAVES = 3  # usage colours reach from 1/8 to 8 times uniform at most
 
 
@@ -32,18 +34,14 @@ def make(usage: UsageCounts) -> Section:
     headline: list[tuple[str, str]] = []
     notices: list[Notice] = []
     if information is not None and differences is not None:
-        figures.append(dataset_figure(differences, usage.datasets, usage.tokens_D))
+        figures.append(dataset_figure(differences, usage))
         figures.append(mutual_information_figure(information))
+        beyond = max(information.bits_L - information.shuffled_mean_L, default=0.0)
         headline.append(
-            ("bits about the data set in one choice, at most", f"{max(information.bits_L, default=0.0):.3f}")
+            ("bits about the data set in one choice beyond chance, at most", f"{max(float(beyond), 0.0):.3f}")
         )
     else:
-        notices.append(
-            Notice(
-                "This run holds one data set. Trace several to see how their usage differs:",
-                ("expert-speculation collect --datasets installed",),
-            )
-        )
+        notices.append(too_few(usage, "see how their usage differs"))
     return Section(
         key="usage",
         title="Expert usage",
@@ -55,6 +53,18 @@ def make(usage: UsageCounts) -> Section:
         figures=tuple(figures),
         notices=tuple(notices),
         headline=tuple(headline),
+    )
+
+
+def too_few(usage: UsageCounts, aim: str) -> Notice:
+    """Return why data sets are not compared, and how to get a run in which they are."""
+    if len(usage.datasets) == 1:
+        reason = "This run holds one data set."
+    else:
+        reason = f"Fewer than two data sets of this run have {LEAST_SEQUENCES} sequences."
+    return Notice(
+        f"{reason} Trace several, with {LEAST_SEQUENCES} sequences of each or more, to {aim}:",
+        ("expert-speculation collect --datasets installed --target_traces 400",),
     )
 
 
@@ -99,31 +109,43 @@ def usage_figure(share_LE: NDArray[np.float64]) -> Figure:
     )
 
 
-def dataset_figure(differences: Differences, datasets: Sequence[str], tokens_D: NDArray[np.int64]) -> Figure:
+def dataset_figure(differences: Differences, usage: UsageCounts) -> Figure:
     """Small multiples, one per data set: its usage less the mean over data sets, in percentage points."""
     points_DLE, q_DLE = 100 * differences.difference_DLE, differences.q_DLE
     num_datasets, num_layers, num_experts = points_DLE.shape
-    shown = sorted(np.argsort(-tokens_D, kind="stable")[:SMALL_MULTIPLES].tolist())
+    datasets, compared = usage.datasets, usage.compared
+    shown = sorted(np.argsort(-usage.tokens_D, kind="stable")[:SMALL_MULTIPLES].tolist())
     spec, min_width = small_multiples([datasets[d] for d in shown], points_DLE[shown], q_DLE[shown])
     clear_DLE = q_DLE < ALPHA
-    sentence = (
-        "Orange marks experts that a data set uses more than the mean over data sets, blue less; faded cells may "
-        "be "
-        "chance. "
-    )
     tested = (
-        f"(q < {ALPHA}, Benjamini-Hochberg over {differences.permutations} permutations of the labels over sequences)"
+        f"(q < {ALPHA}, Benjamini-Hochberg over {clear_DLE[compared].size} cells; p from "
+        f"{differences.permutations} permutations of the labels over sequences)"
+    )
+    sentence = (
+        "Orange marks experts that a data set uses more than the mean over data sets, blue less; faded cells may be "
+        "chance. "
     )
     if clear_DLE.any():
         strongest = np.where(clear_DLE, np.abs(points_DLE), 0.0)
         d, layer, expert = (int(i) for i in np.unravel_index(int(strongest.argmax()), strongest.shape))
         sentence += (
-            f"{100 * clear_DLE.mean():.0f} % of all cells are beyond chance {tested}; most of all, "
+            f"{per_cent_of_cells(clear_DLE[compared])} are beyond chance {tested}; most of all, "
             f"{readable(datasets[d])} uses expert {expert} of layer {layer} "
             f"{'more' if points_DLE[d, layer, expert] > 0 else 'less'}, by {strongest.max():.1f} points."
         )
     else:
-        sentence += f"Here not one cell is beyond chance {tested}."
+        sentence += f"Here no single cell is beyond chance {tested}."
+    small_D = np.array([(differences.p_DLE[d] < SMALL_P).mean() for d in compared])
+    most = int(small_D.argmax())
+    sentence += (
+        f" Of all cells {100 * small_D.mean():.1f} % have p < {SMALL_P}, most in {readable(datasets[compared[most]])} "
+        f"({100 * small_D[most]:.1f} %); chance alone gives {100 * SMALL_P:g} %."
+    )
+    if left_out := [readable(datasets[d]) for d in range(num_datasets) if d not in compared]:
+        sentence += (
+            f" With fewer than {LEAST_SEQUENCES} sequences, {listed(left_out)} {'is' if len(left_out) == 1 else 'are'} "
+            "drawn but not tested, and no part of the mean."
+        )
     if len(shown) < num_datasets:
         sentence += f" The {len(shown)} data sets with most tokens are drawn; the table holds all {num_datasets}."
     return Figure(
@@ -146,6 +168,18 @@ def dataset_figure(differences: Differences, datasets: Sequence[str], tokens_D: 
     )
 
 
+def per_cent_of_cells(clear: NDArray[np.bool_]) -> str:
+    """Return which part of the cells it is in words, never `0 %` of some."""
+    share = 100 * clear.mean()
+    return f"{clear.sum()} of all cells" if share < 1 else f"{share:.0f} % of all cells"
+
+
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Return names as a sentence has them, the last few as a number where they are many."""
+    names = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def mutual_information_figure(information: MutualInformation) -> Figure:
     """Line of data-set information per layer over the band of shuffled labels."""
     layers = list(range(len(information.bits_L)))
@@ -160,14 +194,22 @@ def mutual_information_figure(information: MutualInformation) -> Figure:
     data[1]["meta"] = {"dark": {"fillcolor": band_colours[1]}}
     for trace in data[2:]:
         trace["hovertemplate"] = "%{y:.4f} bits"
-    clear = int((information.bits_L > information.shuffled_high_L).sum())
-    peak = int(information.bits_L.argmax())
+    q_L = benjamini_hochberg(information.p_value_L)
+    clear_L = q_L < ALPHA
+    beyond_L = information.bits_L - information.shuffled_mean_L
     sentence = (
-        f"Where the line stands above the grey band, an expert choice says which data set the text is from beyond what "
-        f"shuffled labels give: so in {clear} of {len(layers)} layers, most in layer {peak} with "
-        f"{information.bits_L[peak]:.3f} bits (p = {information.p_value_L[peak]:.3g}, {information.permutations} "
-        f"permutations over sequences)."
+        "Where the line stands above the grey band, an expert choice says which data set the text is from beyond what "
+        f"shuffled labels give: {clear_L.sum() or 'none'} of {len(layers)} layers "
+        f"{'does' if clear_L.sum() == 1 else 'do'} so beyond chance (q < {ALPHA}, Benjamini-Hochberg over layers; "
+        f"{information.permutations} permutations over sequences)"
     )
+    if clear_L.any():
+        peak = int(np.where(clear_L, beyond_L, -np.inf).argmax())
+        sentence += (
+            f", most of all layer {peak} with {information.bits_L[peak]:.3f} bits, where shuffled labels give "
+            f"{information.shuffled_mean_L[peak]:.3f} (p = {information.p_value_L[peak]:.2g})"
+        )
+    sentence += "."
     layout = line_layout("layer", "bits", height=320) | {"yaxis": {"title": {"text": "bits"}, "rangemode": "tozero"}}
     layout["xaxis"] |= ticks(len(layers), 16)
     return Figure(
@@ -175,7 +217,7 @@ def mutual_information_figure(information: MutualInformation) -> Figure:
         title="Mutual information between data set and expert",
         sentence=sentence,
         spec={"data": data, "layout": layout},
-        columns=["layer", "observed, bits", "shuffled mean", "shuffled 2.5 %", "shuffled 97.5 %", "p"],
+        columns=["layer", "observed, bits", "shuffled mean", "shuffled 2.5 %", "shuffled 97.5 %", "p", "q"],
         rows=[
             [layer, *(rounded(np.array(values), 5))]
             for layer, values in enumerate(
@@ -185,6 +227,7 @@ def mutual_information_figure(information: MutualInformation) -> Figure:
                     information.shuffled_low_L,
                     information.shuffled_high_L,
                     information.p_value_L,
+                    q_L,
                     strict=True,
                 )
             )

@@ -17,12 +17,13 @@ journeys.paths.chips = () => {
 journeys.paths.note = () => {
   const { ordered } = report.journeys, { state, weights } = journeys;
   if (!state.chosen.length) return "Click tokens in the text or the grid to draw their paths.";
-  return (ordered ? "Lines join each layer's first choice; dots are all its experts" : "The run does not say which expert came first, so lines join all experts of a layer to all of the next; dots are the experts") +
+  return (ordered ? "Lines join each layer's first choice; dots are all its experts"
+    : "The run does not say which expert came first: lines join, of each layer's experts, the one that this text uses most there; dots are all its experts") +
     (weights ? ", larger with more weight" : "") + (state.view === "right" ? "; hollow dots are those the predictor missed." : ".");
 };
 
 journeys.paths.draw = () => {
-  const { num_layers: layers, num_experts: experts, top_k: k, ordered, weight_scale: scale } = report.journeys;
+  const { num_layers: layers, num_experts: experts, ordered, weight_scale: scale } = report.journeys;
   const { state, weights, find } = journeys;
   journeys.paths.chips();
   find("paths-note").textContent = journeys.paths.note();
@@ -51,13 +52,10 @@ journeys.paths.draw = () => {
       const middle = (x(layer) + x(layer + 1)) / 2;
       return `M${x(layer)} ${y(from, shift)}C${middle} ${y(from, shift)} ${middle} ${y(to, shift)} ${x(layer + 1)} ${y(to, shift)}`;
     };
-    const joined = ordered ? 1 : k;
+    const lead = (layer) => journeys.own(token, layer)[journeys.leads[token * layers + layer]];
     let path = "";
-    for (let layer = 0; layer + 1 < layers; layer++) {
-      const here = journeys.own(token, layer).slice(0, joined), next = journeys.own(token, layer + 1).slice(0, joined);
-      for (const from of here) for (const to of next) path += curve(layer, from, to);
-    }
-    parts.push(node("path", { d: path, fill: "none", stroke: colour, "stroke-width": ordered ? 2.2 : 1, "stroke-opacity": ordered ? 0.9 : 0.08 + 0.3 / k, "stroke-dasharray": ordered ? journeys.paths.DASHES[place % 6] : "" }));
+    for (let layer = 0; layer + 1 < layers; layer++) path += curve(layer, lead(layer), lead(layer + 1));
+    parts.push(node("path", { d: path, fill: "none", stroke: colour, "stroke-width": 2.2, "stroke-opacity": 0.9, "stroke-dasharray": journeys.paths.DASHES[place % 6] }));
     for (let layer = 0; layer < layers; layer++) {
       const guess = journeys.guess(token, layer);
       journeys.own(token, layer).forEach((expert, rank) => {
@@ -68,8 +66,7 @@ journeys.paths.draw = () => {
         parts.push(dot);
       });
     }
-    if (!ordered) return;
-    parts.push(node("text", { class: "end", style: `fill: ${colour}`, x: total - right + 16 + 10 * place, y: y(journeys.own(token, layers - 1)[0], shift + 4), "text-anchor": "middle" }, journeys.letter(place)));
+    parts.push(node("text", { class: "end", style: `fill: ${colour}`, x: total - right + 16 + 10 * place, y: y(lead(layers - 1), shift + 4), "text-anchor": "middle" }, journeys.letter(place)));
   });
   svg.replaceChildren(...parts);
 };

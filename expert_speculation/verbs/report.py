@@ -95,6 +95,7 @@ def report(
         predictors,
         output,
         evaluation=evaluations,
+        evaluation_names=[f"--evaluation {file}" for file in evaluation_files],
         compared_with=runs[1] if len(runs) == 2 else None,
         journeys=journeys,
         figures_dir=figures_dir,

@@ -42,6 +42,17 @@ STEPS = """async ([key, steps]) => {
   return times;
 }"""
 
+AS_OPENED = """async () => {
+  const { find, state } = journeys;
+  find("search").value = "";
+  journeys.search.run();
+  for (const [id, value] of [["predictor", "0"], ["view", "experts"]]) find(id).value = value;
+  Object.assign(state, { layer: 0, predictor: 0, view: "experts", expert: null, pinned: null, pinnedByReader: false });
+  find("numbers").open = false;
+  await journeys.load(Math.max(0, report.journeys.sequences.findIndex((each) => each.split === "test")));
+  window.scrollTo(0, 0);
+}"""
+
 
 @pytest.fixture(scope="module")
 def written(make_run: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
@@ -52,9 +63,16 @@ def written(make_run: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return output, write_report(dataset, predictors, output, journeys=6)
 
 
+@pytest.fixture(scope="module")
+def opened(open_page_once: "OpenPage", written: tuple[Path, dict[str, Any]]) -> "Page":
+    return open_page_once(written[0])
+
+
 @pytest.fixture
-def page(open_page: "OpenPage", written: tuple[Path, dict[str, Any]]) -> "Page":
-    return open_page(written[0])
+def page(opened: "Page") -> "Page":
+    """The page of `written`, opened once, as it is when it has been opened."""
+    opened.evaluate(AS_OPENED)
+    return opened
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +170,9 @@ def test_the_grid_is_painted_in_the_colour_of_the_first_expert_with_its_weight_a
 
 
 def test_the_printed_grid_has_the_colours_of_paper_on_a_dark_screen_too(
-    open_page: "OpenPage", written: tuple[Path, dict[str, Any]], sequences: list[dict[str, Any]]
+    page: "Page", sequences: list[dict[str, Any]]
 ) -> None:
-    page = open_page(written[0], color_scheme="dark")
+    page.emulate_media(color_scheme="dark")
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     read = """([token, layer]) => {
       const band = document.querySelector("#journey-print canvas"), sample = new OffscreenCanvas(1, 1).getContext("2d");
@@ -167,6 +185,7 @@ def test_the_printed_grid_has_the_colours_of_paper_on_a_dark_screen_too(
     painted = [page.evaluate(read, cell)[:3] for cell in cells]
     np.testing.assert_allclose(painted, cell_colours(sequences[place(page)], scale, (255, 255, 255), cells), atol=2)
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    page.emulate_media(color_scheme="light")
 
 
 def test_clicked_tokens_draw_their_paths_and_clicked_again_lose_them(page: "Page") -> None:
@@ -342,7 +361,14 @@ def test_300_experts_in_no_known_order_without_weights_are_shown_too(
     assert [int(row.split()[1]) for row in tip.locator(".row").all_inner_texts()] == sequence["expert_ids"][0][1]
     assert tip.locator(".bar").count() == 0
     assert "whose order is not known" in page.locator("#journey-legend").inner_text()
-    assert "lines join all experts of a layer to all of the next" in page.locator("#journey-paths-note").inner_text()
+    assert "of each layer's experts, the one that this text uses" in page.locator("#journey-paths-note").inner_text()
+    uses = np.array(sequence["expert_ids"])
+    chosen = page.evaluate("journeys.state.chosen[0]")
+    for layer in range(2):
+        counts = np.bincount(uses[:, layer].ravel(), minlength=300)
+        lead = page.evaluate(f"journeys.own({chosen}, {layer})[journeys.leads[{chosen} * 2 + {layer}]]")
+        assert counts[lead] == counts[uses[chosen, layer]].max()
+    assert (page.locator("#journey-paths path").first.get_attribute("d") or "").count("C") == 1  # one line, no tangle
     drawn = "journeys.grid.cells.toDataURL()"
     before = page.evaluate(drawn)
     page.get_by_label("Show expert only").fill(str(sequence["expert_ids"][0][0][1]))

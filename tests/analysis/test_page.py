@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -14,6 +14,7 @@ from speculation.evaluation import evaluate
 from speculation.predictor import Predictor, create
 from traces.reader import TraceDataset
 
+from ..conftest import EMPTY_FIGURES
 from .conftest import HOSTILE, HOSTILE_DATASET, HOSTILE_MODEL
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ def check(page: "Page", call: str) -> Any:
 
 
 def draw_figures(page: "Page") -> None:
-    for figure in page.locator("[data-figure]").all():
-        figure.scroll_into_view_if_needed()
-        figure.locator(".main-svg").first.wait_for()
+    assert page.evaluate(EMPTY_FIGURES) == []
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +55,13 @@ def report_file(
     return output
 
 
-def test_every_control_works_without_an_error(open_page: "OpenPage", report_file: Path) -> None:
-    page = open_page(report_file)
+@pytest.fixture(scope="module")
+def page(open_page_once: "OpenPage", report_file: Path) -> "Page":
+    """The report of everything, opened once; a test leaves media and window as they were."""
+    return open_page_once(report_file, has_touch=True)
+
+
+def test_every_control_works_without_an_error(page: "Page") -> None:
     sections = page.locator("nav.contents a").all()
     assert {"#accuracy", "#comparison", "#journeys"} <= {link.get_attribute("href") for link in sections}
     for link in sections:
@@ -88,9 +92,10 @@ def test_every_control_works_without_an_error(open_page: "OpenPage", report_file
     page.emulate_media(color_scheme="light")
 
 
-def test_the_transitions_step_from_layer_to_layer(open_page: "OpenPage", report_file: Path) -> None:
-    page = open_page(report_file)
+def test_the_transitions_step_from_layer_to_layer(page: "Page") -> None:
     section = page.locator("#transitions")
+    section.locator("select").first.select_option(index=0)
+    section.get_by_label("Layer", exact=True).first.fill("0")
     section.get_by_label("Next layer").first.click()
     assert section.get_by_text("layer 1 → 2").first.is_visible()
     section.locator("select").first.select_option(index=1)
@@ -139,7 +144,7 @@ def test_hostile_text_makes_no_element_and_runs_nothing(open_page: "OpenPage", m
             assert page.locator("#journey-sequence optgroup").first.get_attribute("label") == readable(HOSTILE_DATASET)
             page.locator("#journey-search").fill("<img src=x")
             count = sum(text.startswith("<img") for journey in numbers["journeys"] for text in journey["tokens"])
-            assert f" of {count} matches in 4 sequences" in page.locator("#journey-matches").inner_text()
+            page.get_by_text(f" of {count} matches in 4 sequences").wait_for()
             embedded = re.search(
                 r'<script type="application/json" id="report-data">(.*?)</script>', output.read_text("utf-8"), re.DOTALL
             )
@@ -149,21 +154,29 @@ def test_hostile_text_makes_no_element_and_runs_nothing(open_page: "OpenPage", m
     assert tags[0] == tags[1]
 
 
-def test_the_smallest_model_comes_up(open_page: "OpenPage", make_run: Any, tmp_path: Path) -> None:
+def test_the_smallest_model_comes_up_with_journeys_and_without(
+    open_page: "OpenPage", make_run: Any, tmp_path: Path
+) -> None:
     run = make_run(layers=1, top_k=1, experts=2, datasets=("code",), store=(), order="unknown", sequences=3)
-    write_report(run, {}, tmp_path / "report.html")
-    page = open_page(tmp_path / "report.html")
-    assert page.locator("#journey-tokens .token").count() > 8
+    for journeys in (24, 0):
+        write_report(run, {}, tmp_path / f"{journeys}.html", journeys=journeys)
+        page = open_page(tmp_path / f"{journeys}.html")
+        if journeys:
+            assert page.locator("#journey-tokens .token").count() > 8
+        else:
+            assert "--journeys 24" in page.locator("#journeys").inner_text()
 
 
-def test_a_run_without_journeys_comes_up(open_page: "OpenPage", dataset: TraceDataset, tmp_path: Path) -> None:
-    write_report(dataset, {}, tmp_path / "report.html", journeys=0)
-    page = open_page(tmp_path / "report.html")
-    assert "--journeys 24" in page.locator("#journeys").inner_text()
+def read_again(page: "Page") -> None:
+    """Bring the page to the state in which it opens."""
+    page.evaluate("history.replaceState(null, '', location.pathname)")  # without the section that was gone to
+    page.reload()
+    page.locator("html[data-ready]").wait_for(state="attached")
 
 
-def test_a_screen_reader_finds_names_headings_and_an_order(open_page: "OpenPage", report_file: Path) -> None:
-    page = open_page(report_file)
+def test_a_screen_reader_finds_names_headings_and_an_order(page: "Page") -> None:
+    read_again(page)
+    draw_figures(page)
     assert check(page, "structure()") == []
     tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")
     nameless = []
@@ -176,10 +189,8 @@ def test_a_screen_reader_finds_names_headings_and_an_order(open_page: "OpenPage"
     assert nameless == []
 
 
-def test_the_tab_key_reaches_every_control_in_reading_order_with_visible_focus(
-    open_page: "OpenPage", report_file: Path
-) -> None:
-    page = open_page(report_file)
+def test_the_tab_key_reaches_every_control_in_reading_order_with_visible_focus(page: "Page") -> None:
+    read_again(page)
     page.keyboard.press("Tab")
     steps = 0
     while page.evaluate("document.activeElement !== document.body") and steps < 400:
@@ -192,23 +203,26 @@ def test_the_tab_key_reaches_every_control_in_reading_order_with_visible_focus(
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_text_stands_out_from_what_is_behind_it(open_page: "OpenPage", report_file: Path, mode: str) -> None:
-    page = open_page(report_file, color_scheme=mode)
+def test_text_stands_out_from_what_is_behind_it(page: "Page", mode: Literal["light", "dark"]) -> None:
+    page.emulate_media(color_scheme=mode)
+    read_again(page)
     page.evaluate("for (const details of document.querySelectorAll('details')) details.open = true")
-    for number in range(6):  # every colour of a path
-        page.locator(f'#journey-tokens [data-token="{number}"]').click()
+    page.evaluate("journeys.state.chosen = [0, 1, 2, 3, 4, 5]; journeys.all()")  # every colour of a path
+    page.locator("main details tbody tr").last.wait_for(state="attached")
     draw_figures(page)
     page.locator("#journey-grid .sheet canvas").first.press("ArrowDown")
     page.locator("#journey-view").select_option("right")
     seen, faint = check(page, f"faintText({CONTRAST})")
+    page.emulate_media(color_scheme="light")
     assert seen > 500
     assert faint == []
 
 
-def test_a_window_of_400_pixels_shows_everything_without_scrolling_sideways(
-    open_page: "OpenPage", report_file: Path
-) -> None:
-    page = open_page(report_file, viewport={"width": 400, "height": 800}, has_touch=True)
+def test_a_window_of_400_pixels_shows_everything_without_scrolling_sideways(page: "Page") -> None:
+    wide = page.viewport_size
+    assert wide
+    page.set_viewport_size({"width": 400, "height": 800})
+    read_again(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     assert check(page, "stickingOut()") == []
     cells = page.locator("#journey-grid .sheet canvas").first
@@ -218,12 +232,11 @@ def test_a_window_of_400_pixels_shows_everything_without_scrolling_sideways(
     assert box
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= 400
+    page.set_viewport_size(wide)
 
 
-def test_paper_shows_the_whole_sequence_in_light_colours_and_no_controls(
-    open_page: "OpenPage", report_file: Path, tmp_path: Path
-) -> None:
-    page = open_page(report_file, color_scheme="dark")
+def test_paper_shows_the_whole_sequence_in_light_colours_and_no_controls(page: "Page", tmp_path: Path) -> None:
+    page.emulate_media(color_scheme="dark")
     page.locator("#journey-sequence").select_option("0")
     tokens = page.locator("#journey-tokens .token").count()
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -237,5 +250,5 @@ def test_paper_shows_the_whole_sequence_in_light_colours_and_no_controls(
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("nav.contents, .controls, .keys, #journey-grid").locator("visible=true").count() == 0
     assert check(page, "widePlots(700)") == 0
-    page.emulate_media(media="screen")
+    page.emulate_media(media="screen", color_scheme="light")
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")

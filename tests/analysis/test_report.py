@@ -1,6 +1,7 @@
 """The written file: complete, valid, harmless whatever the tokens say, and true to the data."""
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs
 
 from analysis.page import SCRIPTS, embedded_json
 from analysis.report import write_report
@@ -58,16 +60,26 @@ def page_data(page: Page) -> dict[str, Any]:
     return dict(json.loads(page.scripts[0]))
 
 
+def unpacked(script: str) -> str:
+    return gzip.decompress(base64.b64decode(script, validate=True)).decode()
+
+
+def figure_data(page: Page) -> dict[str, Any]:
+    return dict(json.loads(unpacked(page.scripts[1])))
+
+
 def test_hostile_text_appears_only_escaped(written: tuple[str, dict[str, Any]]) -> None:
     html, _ = written
     page = Page(html)
-    assert [tag for tag, _ in page.tags].count("script") == len(page.scripts) == 2 + len(SCRIPTS)
+    assert [tag for tag, _ in page.tags].count("script") == len(page.scripts) == 3 + len(SCRIPTS)
     assert not [tag for tag, _ in page.tags if tag == "img"]
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert "<" not in page.scripts[0]
+    for data in (page.scripts[0], unpacked(page.scripts[1])):
+        assert "<" not in data
+        assert "\\u003c" in data
     assert not set("\x00\x07\x1b\u202e\u2066\u200b") & set(html)
     assert "{{ 7 * 7 }}" in json.dumps(page_data(page)["journeys"])
-    labels = [trace.get("hovertemplate", "") for trace in page_data(page)["figures"]["datasets"]["data"]]
+    labels = [trace.get("hovertemplate", "") for trace in figure_data(page)["figures"]["datasets"]["data"]]
     assert any("&lt;a href" in text for text in labels)
     assert not any("<a" in text for text in labels)  # plotly would make it a link
 
@@ -82,9 +94,13 @@ def test_nothing_is_loaded_from_the_network_and_only_the_pages_own_scripts_may_r
         assert (attributes.get("href") or "#").startswith("#"), tag
     assert not re.search(r"@import|url\(", html[html.index("<style>") : html.index("</style>")])
     (policy,) = [a["content"] or "" for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in page.scripts[1:]]
+    plotly = unpacked(page.scripts[2])
+    assert plotly == get_plotlyjs()
+    scripts = [plotly, *page.scripts[3:]]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
     assert policy.startswith("default-src 'none'; script-src " + " ".join(f"'sha256-{d}'" for d in digests))
-    assert sum(script.count("plotly.js v") for script in page.scripts) == 1
+    assert policy.count("sha256-") == 1 + len(SCRIPTS)
+    assert "unsafe" not in policy.replace("style-src 'unsafe-inline'", "")
 
 
 def test_the_numbers_are_those_of_the_data(
@@ -106,11 +122,11 @@ def test_the_numbers_are_those_of_the_data(
     recall = 100 * evaluation["predictors"]["markov@<b>mine"]["recall"]["2"]["value"]
     assert f"<b>{recall:.1f}</b>" in html
     assert "markov@&lt;b&gt;mine" in html
-    assert page_data(Page(html))["tables"]["usage"]["rows"] == numbers["figures"]["usage"]["rows"]
+    assert figure_data(Page(html))["tables"]["usage"]["rows"] == numbers["figures"]["usage"]["rows"]
 
 
 def test_every_figure_is_a_valid_plotly_figure_with_a_table(written: tuple[str, dict[str, Any]]) -> None:
-    data = page_data(Page(written[0]))
+    data = figure_data(Page(written[0]))
     sections = written[1]["sections"]
     assert list(sections) == [
         *("overview", "usage", "specialisation", "coactivation", "transitions", "locality", "token_classes"),
@@ -140,7 +156,8 @@ def test_small_and_wide_models_without_predictors_say_what_to_run(make_run: Any,
     html = output.read_text("utf-8")
     assert "expert-speculation train --shard_dir" in html
     assert len(numbers["journeys"]) == shape["sequences"]
-    assert ("information" in numbers["figures"]) == ("datasets" not in shape)
+    assert "information" not in numbers["figures"]  # for want of data sets with enough sequences
+    assert "with 8 sequences of each or more, to see how their usage differs" in html
 
 
 def test_what_is_no_evaluation_or_one_of_another_model_is_refused_in_one_sentence(
@@ -154,6 +171,17 @@ def test_what_is_no_evaluation_or_one_of_another_model_is_refused_in_one_sentenc
     ):
         with pytest.raises(ConfigurationError, match=message):
             write_report(dataset, {}, output, evaluation=wrong)  # type: ignore[arg-type]
+    torn = evaluation | {"horizon": 2, "predictors": {"mine": {}}}
+    for wrong, message in (
+        ([evaluation, torn], "second.json is not what 'expert-speculation evaluate --json' writes"),
+        ([torn, evaluation], "first.json is not what 'expert-speculation evaluate --json' writes"),
+        ([evaluation, None], "second.json is not what 'expert-speculation evaluate --json' writes"),
+        ([evaluation, evaluation | {"top_k": 3}], "second.json has top_k 3, but 2 is needed"),
+        ([evaluation, evaluation | {"horizon": 2, "tokens": 5}], "second.json has tokens 5, first.json "),
+        ([evaluation, evaluation], "second.json has the horizon 1, and so has first.json"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            write_report(dataset, {}, output, evaluation=wrong, evaluation_names=["first.json", "second.json"])
     assert not output.exists()
     with pytest.raises(ConfigurationError, match="is a folder"):
         write_report(dataset, {}, tmp_path)

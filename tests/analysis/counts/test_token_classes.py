@@ -52,12 +52,12 @@ def counted(traces: list[SequenceTrace], layers: int = 3, experts: int = 6) -> T
 def test_differences_and_tests_equal_a_slow_computation(make_traces, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK_TOKENS", 100)
     monkeypatch.setattr(chunks, "BLOCK_BYTES", 4 * 18 * 7)
-    traces = make_traces(list(range(5, 45)))
+    traces = make_traces([1, 1, *range(5, 45)])
     found = counted(traces).differences()
     assert "digits" in found.classes
     for c, name in enumerate(found.classes):
         for layer, expert in ((0, 1), (2, 5)):
-            excess, chosen, tokens = [], 0, 0
+            excess, chosen, tokens, drawn_at_random = [], 0, 0, 0.0
             for trace in traces:
                 member = classify(trace.tokens_T, trace.num_tokens)[0][CLASSES.index(name)]
                 uses = (trace.expert_ids_TLK[:, layer] == expert).any(axis=-1)
@@ -65,11 +65,15 @@ def test_differences_and_tests_equal_a_slow_computation(make_traces, monkeypatch
                 tokens += int(member.sum())
                 if 0 < member.sum() < len(member):
                     excess.append(uses[member].sum() - member.sum() * uses.mean())
+                    left = (len(member) - member.sum()) / (len(member) - 1)  # without replacement
+                    drawn_at_random += member.sum() * uses.mean() * (1 - uses.mean()) * left
             assert (found.tokens_C[c], found.sequences_C[c]) == (tokens, len(excess))
             assert found.share_CLE[c, layer, expert] == pytest.approx(chosen / (2 * tokens))
             assert found.difference_CLE[c, layer, expert] == pytest.approx(sum(excess) / (2 * tokens), abs=1e-12)
-            if np.std(excess) > 1e-9:
-                assert found.p_CLE[c, layer, expert] == pytest.approx(stats.ttest_1samp(excess, 0).pvalue)
+            variance = max(len(excess) * np.var(excess, ddof=1), drawn_at_random)
+            if variance > 1e-9:
+                t = abs(sum(excess)) / np.sqrt(variance)
+                assert found.p_CLE[c, layer, expert] == pytest.approx(2 * stats.t.sf(t, len(excess) - 1))
 
 
 def test_a_class_that_is_sent_elsewhere_is_found_and_nothing_else(make_traces) -> None:
@@ -96,6 +100,16 @@ def test_without_an_effect_p_values_are_as_small_as_often_as_they_say(make_trace
     p_values = np.array(p)
     for alpha in (0.05, 0.2, 0.5):
         assert (p_values <= alpha).mean() == pytest.approx(alpha, rel=0.35)
+
+
+def test_an_expert_that_no_single_token_of_a_class_happened_to_choose_is_not_called_avoided(make_traces) -> None:
+    """One token of each of 25 texts, of experts that one token in thirty uses: none is expected to choose some."""
+    traces = make_traces([60] * 25, experts=60)
+    first = counted(traces, experts=60).differences()
+    place = first.classes.index("first token")
+    unused = first.share_CLE[place] == 0
+    assert unused.mean() > 0.3
+    assert first.p_CLE[place][unused].min() > 0.05
 
 
 def test_classes_of_few_sequences_and_tokens_without_text_are_not_tested(make_traces) -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from analysis.counts.usage import UsageCounts, information_bits
 from traces.reader import TraceDataset
@@ -88,16 +89,39 @@ def test_differences_are_found_where_data_sets_differ_and_each_p_is_that_of_a_se
     rng = np.random.default_rng(0)
     labels = np.array([usage.datasets.index(info.dataset) for info in dataset.index])
     ids = [trace.expert_ids_TLK[:, 2] for trace in dataset.sequences()]
-    at_least = np.zeros(8, dtype=int)
+    shuffled = []
     for _ in range(99):
         permuted = rng.permutation(labels)
         shares = []
         for label in range(3):
             chosen = np.concatenate([ids[s].ravel() for s in np.flatnonzero(permuted == label)])
             shares.append(np.bincount(chosen, minlength=8) / len(chosen))
-        difference = np.abs(shares[1] - np.mean(shares, axis=0))
-        at_least += difference >= np.abs(differences.difference_DLE[1, 2]) - 1e-12
-    np.testing.assert_allclose(differences.p_DLE[1, 2], (1 + at_least) / 100)
+        shuffled.append(shares[1] - np.mean(shares, axis=0))
+    freedom = 4 + 6 / np.maximum(stats.kurtosis(shuffled), 0.05)
+    away = np.abs(differences.difference_DLE[1, 2] - np.mean(shuffled, axis=0)) / np.std(shuffled, axis=0, ddof=1)
+    expected = 2 * stats.t.sf(away * np.sqrt(freedom / (freedom - 2)), np.minimum(freedom, 98))
+    np.testing.assert_allclose(differences.p_DLE[1, 2], expected)
+
+
+def test_data_sets_of_few_sequences_are_counted_but_neither_compared_nor_part_of_the_mean(make_traces) -> None:
+    traces = make_traces([20] * 30, datasets=("a", "b"))
+    few = make_traces([20] * 7, datasets=("few",), seed=1)
+    alone, together = (
+        UsageCounts(3, 6, [trace.dataset for trace in each], permutations=30) for each in (traces, traces + few)
+    )
+    for trace in traces:
+        alone.add(trace)
+    for trace in few + traces:
+        together.add(trace)
+    assert together.sequences_D.tolist() == [15, 15, 7]
+    expected, found = alone.differences(), together.differences()
+    assert expected is not None
+    assert found is not None
+    np.testing.assert_array_equal(found.difference_DLE[:2], expected.difference_DLE)
+    np.testing.assert_array_equal(found.q_DLE[:2], expected.q_DLE)
+    assert np.isnan(found.p_DLE[2]).all()
+    assert np.abs(found.difference_DLE[2]).max() > 0
+    assert UsageCounts(3, 6, ["a"] * 20 + ["few"] * 7).differences() is None
 
 
 def test_without_an_effect_differences_are_as_often_significant_as_promised(make_traces) -> None:

@@ -68,9 +68,12 @@ def test_evaluations_are_sorted_and_such_as_do_not_belong_together_are_refused(
 ) -> None:
     assert in_order([further, evaluation], dataset.spec) == [evaluation, further]
     for wrong, message in (
-        ([evaluation, evaluation], "two evaluations have the horizon 1; give one for each --horizon"),
-        ([evaluation, further | {"split": "all"}], "one evaluation has split 'all', another 'test'"),
-        ([evaluation, further | {"tokens": 3}], "one evaluation has tokens 3"),
+        (
+            [evaluation, evaluation],
+            "the evaluation has the horizon 1, and so has the evaluation; give one for each --horizon",
+        ),
+        ([evaluation, further | {"split": "all"}], "the evaluation has split 'all', the evaluation 'test'"),
+        ([evaluation, further | {"tokens": 3}], "the evaluation has tokens 3"),
         ([evaluation, further | {"top_k": 4}], "top_k 4, but 2 is needed here"),
         ([[evaluation]], "not what 'expert-speculation evaluate --json' writes"),
     ):

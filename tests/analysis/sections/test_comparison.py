@@ -157,4 +157,5 @@ def test_the_page_draws_every_figure_of_the_comparison_and_of_several_horizons(
     assert "<b>nf4</b>" in table.inner_text()
     assert table.locator("td.differs").count() == 4  # quantisation, and the number of sequences
     page.locator("#comparison details").first.locator("summary").click()
+    page.locator("#comparison details").first.locator("tbody tr").nth(11).wait_for()
     assert page.locator("#comparison details").first.locator("tbody tr").count() == 12
