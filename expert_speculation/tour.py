@@ -7,7 +7,7 @@ from groundwork.errors import ConfigurationError
 
 RUN = "traces"
 PREDICTORS = ("gate_lookahead", "statistics", "interlayer", "foresight")
-MAX_MINUTES = {"interlayer": "1", "foresight": "0.5"}
+TRAINING = {"interlayer": ("--tokens", "--max_minutes", "1"), "foresight": ("--max_minutes", "0.5")}
 REPORT = "report.html"
 EVALUATION = "evaluation.json"
 
@@ -42,12 +42,8 @@ def steps(output_dir: Path) -> list[list[str]]:
     return [
         ["collect", "--datasets", "installed", "--target_traces", "800", "--max_length", "256", "--dtype", "float32",
          "--store", "weights,lookahead", "--lookahead", "1", "--output_dir", run],
-        *(["train", "--shard_dir", run, "--predictor", name, "--output_dir", folder, *_limit(name)]
+        *(["train", "--shard_dir", run, "--predictor", name, "--output_dir", folder, *TRAINING.get(name, ())]
           for name, folder in zip(PREDICTORS, folders, strict=True)),
         ["evaluate", "--shard_dir", run, *named, "--json", evaluation],
         ["report", "--shard_dir", run, *named, "--evaluation", evaluation, "--output", str(output_dir / REPORT)],
     ]  # fmt: skip
-
-
-def _limit(predictor: str) -> list[str]:
-    return ["--max_minutes", MAX_MINUTES[predictor]] if predictor in MAX_MINUTES else []
