@@ -6,7 +6,7 @@ recently used experts, `markov` smooths each transition row with the layer's fre
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -191,13 +191,7 @@ class RepeatLive(LiveState):
         self.last_LE = torch.full((shape.num_layers, shape.num_experts), -1.0)
         self.bonus_K = torch.arange(shape.top_k, 0, -1, dtype=torch.float32)
 
-    def observe(
-        self,
-        expert_ids_K: Sequence[int] | Tensor,
-        routing_weights_K: Sequence[float] | Tensor | None = None,
-        lookahead_logits_HE: Tensor | None = None,
-    ) -> None:
-        super().observe(expert_ids_K, routing_weights_K, lookahead_logits_HE)
+    def _observed(self) -> None:
         token, layer = divmod(self.num_steps - 1, self.shape.num_layers)
         self.last_LE[layer, self.expert_ids[-1]] = token
 

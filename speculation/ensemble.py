@@ -192,15 +192,9 @@ class EnsembleLive(LiveState):
         for member in self.members:
             member.begin_token(token_id)
 
-    def observe(
-        self,
-        expert_ids_K: Sequence[int] | Tensor,
-        routing_weights_K: Sequence[float] | Tensor | None = None,
-        lookahead_logits_HE: Tensor | None = None,
-    ) -> None:
-        super().observe(expert_ids_K, routing_weights_K, lookahead_logits_HE)
+    def _observed(self) -> None:
         for member in self.members:
-            member.observe(expert_ids_K, routing_weights_K, lookahead_logits_HE)
+            member.observe(*self.last())
 
 
 def _member(member: str | Path | Mapping[str, Any]) -> Predictor:

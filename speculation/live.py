@@ -76,6 +76,15 @@ class LiveState:
         for values, record in given:
             if values is not None:
                 record.append(torch.as_tensor(values, dtype=torch.float32, device="cpu"))
+        self._observed()
+
+    def _observed(self) -> None:
+        """Called when a choice has joined the record; fast states take it into their sums here."""
+
+    def last(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Expert ids, routing weights and lookahead logits of the step observed last, None where they are not known."""
+        weights_K = self.routing_weights[-1] if self.routing_weights else None
+        return self.expert_ids[-1], weights_K, self.lookahead_logits[-1] if self.lookahead_logits else None
 
     def as_batch(self, num_tokens: int) -> RoutingBatch:
         """The record as a batch of `num_tokens` rows; what is not known yet holds the first K experts and zeros."""

@@ -54,8 +54,7 @@ def reuse_figure(locality: LocalityCounts) -> Figure:
             f"Of a token's experts the previous token used {reuse_RL[0].mean():.1f} % on average, most in layer {best} "
             f"with {reuse_RL[0, best]:.1f} %, and the token {distances[-1]} places before still "
             f"{reuse_RL[-1].mean():.1f} %; independent tokens would share {chance_L.mean():.1f} %. What stays above "
-            "the "
-            "dotted line at long distances belongs to the text as a whole."
+            "the dotted line at long distances belongs to the text as a whole."
         )
     else:
         sentence = "Every sequence here is a single token, so there is no reuse to show."
@@ -97,9 +96,8 @@ def working_set_figure(locality: LocalityCounts) -> Figure:
     at = int(np.searchsorted(windows, 16)) if windows[-1] >= 16 else len(windows) - 1
     sentence = (
         f"A stretch of {windows[at]} tokens uses {distinct_WL[at].mean():.1f} of a layer's {experts} experts on "
-        "average, "
-        f"between {distinct_WL[at].min():.1f} and {distinct_WL[at].max():.1f} by layer; independent tokens would use "
-        f"{independent_WL[at].mean():.1f}. Long windows come from the sequences that are long enough for them."
+        f"average, between {distinct_WL[at].min():.1f} and {distinct_WL[at].max():.1f} by layer; independent tokens "
+        f"would use {independent_WL[at].mean():.1f}. Long windows come from the sequences that are long enough for them."
     )
     return Figure(
         key="working_set",

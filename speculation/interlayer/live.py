@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from speculation.interlayer.graph import GraphedLane
@@ -37,13 +35,7 @@ class InterLayerLive(LiveState):
         for lane in self.lanes.values():
             lane.begin_token(token_id)
 
-    def observe(
-        self,
-        expert_ids_K: Sequence[int] | Tensor,
-        routing_weights_K: Sequence[float] | Tensor | None = None,
-        lookahead_logits_HE: Tensor | None = None,
-    ) -> None:
-        super().observe(expert_ids_K, routing_weights_K, lookahead_logits_HE)
+    def _observed(self) -> None:
         for lane in self.lanes.values():
             self._feed(lane, self.num_steps - 1)
 

@@ -6,12 +6,9 @@ table's rows and one product of the votes' weights with the window; both grow wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from speculation.features import bucketed
 from speculation.live import LiveState
@@ -49,13 +46,7 @@ class StatisticsLive(LiveState):
         self.tables, self.window = tables, window
         self.lanes: dict[int, Lane] = {}
 
-    def observe(
-        self,
-        expert_ids_K: Sequence[int] | Tensor,
-        routing_weights_K: Sequence[float] | Tensor | None = None,
-        lookahead_logits_HE: Tensor | None = None,
-    ) -> None:
-        super().observe(expert_ids_K, routing_weights_K, lookahead_logits_HE)
+    def _observed(self) -> None:
         for lane in self.lanes.values():
             lane.observe(self.expert_ids[-1].numpy())
 

@@ -5,6 +5,7 @@ under. Causal predictors read a sequence from its first token on, so one with a 
 Shapes: T tokens, L layers, K experts per token.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -82,16 +83,17 @@ class Account:
         return ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
 
 
-class Source:
+class Source(ABC):
     """The records of some files; can be iterated more than once, always with the same outcome."""
 
     def __init__(self, files: list[Any], settings: ImportSettings) -> None:
         self.files, self.settings = files, settings
 
+    @abstractmethod
     def __iter__(self) -> Iterator[Record | Dropped]:
-        raise NotImplementedError
+        """The records in the order of the files, and what could not be read among them."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing to release
         """Release what the source holds; it may not be iterated afterwards."""
 
 
