@@ -97,7 +97,7 @@ def working_set_figure(locality: LocalityCounts) -> Figure:
     sentence = (
         f"A stretch of {windows[at]} tokens uses {distinct_WL[at].mean():.1f} of a layer's {experts} experts on "
         f"average, between {distinct_WL[at].min():.1f} and {distinct_WL[at].max():.1f} by layer; independent tokens "
-        f"would use {independent_WL[at].mean():.1f}. Long windows come from the sequences that are long enough for them."
+        f"would use {independent_WL[at].mean():.1f}. Long windows come from the sequences long enough for them."
     )
     return Figure(
         key="working_set",
