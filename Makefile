@@ -41,6 +41,7 @@ soak: $(READY)
 docs: $(READY)
 	$(BIN)/python -m expert_speculation.reference docs/CLI.md
 	$(BIN)/python benchmarks/families.py docs/MODELS.md
+	$(BIN)/python -m groundwork.profiles.reference docs/HARDWARE.md
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try: make PYTHON=python3.12 " + "$(MAKECMDGOALS)")'
