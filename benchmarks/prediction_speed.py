@@ -14,7 +14,6 @@ An expert has three matrices of hidden_size x intermediate_size: gpt-oss-20b as 
 (double quantisation) 91 MB, 3.6 ms.
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,11 @@ from groundwork.errors import ConfigurationError
 from groundwork.hardware import choose_device, describe_device
 from speculation.evaluation import evaluate
 from speculation.features import RoutingBatch
+from speculation.latency import decode_timed
 from speculation.neural import NeuralPredictor
-from speculation.predictor import Predictor, load_predictors
+from speculation.predictor import load_predictors
 from traces.reader import TraceDataset
 
-WARM_UP = 0.1  # share of the tokens that is not timed
 MATRICES = 3  # gate, up and down
 
 
@@ -83,7 +82,7 @@ def main(
     )
     found: dict[str, Any] = {}
     for name, predictor in predictors.items():
-        predict, observe = _decode(predictor, batch, horizon, context)
+        predict, observe = decode_timed(predictor, batch, horizon, context)
         figures = accuracy["predictors"][name]["recall"][top_k]
         row = {
             "predict_median_us": float(np.median(predict)),
@@ -116,39 +115,6 @@ def _sequence(dataset: TraceDataset, split: str, tokens: int) -> RoutingBatch:
         name: None if getattr(batch, name) is None else getattr(batch, name)[:tokens] for name in columns_T
     }
     return RoutingBatch(**cut, offsets=torch.tensor([0, tokens]), num_experts=batch.num_experts)
-
-
-def _decode(predictor: Predictor, batch: RoutingBatch, horizon: int, context: int) -> tuple[list[float], list[float]]:
-    """Microseconds of every prediction and every observation after the context and the warm-up."""
-    state = predictor.start()
-    predict, observe = [], []
-    for place in range(-context, batch.num_tokens):
-        token = place % batch.num_tokens
-        state.begin_token(None if batch.token_ids_T is None else int(batch.token_ids_T[token]))
-        for layer in range(batch.num_layers):
-            weights_K = None if batch.routing_weights_TLK is None else batch.routing_weights_TLK[token, layer]
-            lookahead_HE = _lookahead(batch, token, layer)
-            started = time.perf_counter()
-            if place >= 0:
-                predictor.predict_next(state, horizon)
-            between = time.perf_counter()
-            state.observe(batch.expert_ids_TLK[token, layer], weights_K, lookahead_HE)
-            ended = time.perf_counter()
-            if place >= WARM_UP * batch.num_tokens:
-                predict.append((between - started) * 1e6)
-                observe.append((ended - between) * 1e6)
-    return predict, observe
-
-
-def _lookahead(batch: RoutingBatch, token: int, layer: int) -> torch.Tensor | None:
-    """The logits of the layers above on this layer's input, (H, E); zeros where there is no such layer."""
-    logits_THLE = batch.lookahead_logits_THLE
-    if logits_THLE is None:
-        return None
-    found_HE = torch.zeros(logits_THLE.shape[1], batch.num_experts)
-    for above in range(1, min(len(found_HE), batch.num_layers - 1 - layer) + 1):
-        found_HE[above - 1] = logits_THLE[token, above - 1, layer + above]
-    return found_HE
 
 
 if __name__ == "__main__":

@@ -151,25 +151,33 @@ def format_table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _baselines(
+def training_counts(
     dataset: TraceDataset, predictors: Mapping[str, Predictor], split: str, notes: list[str]
-) -> dict[str, Predictor]:
-    """frequency, repeat and markov, with counts from where the protocol says; those of a name given are left out."""
-    shape = RoutingShape.of(dataset)
+) -> RoutingCounts | None:
+    """Counts that no sequence of `split` has part in: of the train split, else of a predictor folder, else None.
+
+    Adds to `notes` where they are not simply those of the train split.
+    """
     held_out = {name for p in predictors.values() for name in p.provenance_.get("hold_out_dataset", ())}
     held_out &= set(dataset.datasets)
     if split == "all":
-        counts = _counts_of_folders(predictors, shape, notes)
-    elif any(info.split == "train" and info.dataset not in held_out for info in dataset.index):
+        return _counts_of_folders(predictors, RoutingShape.of(dataset), notes)
+    if any(info.split == "train" and info.dataset not in held_out for info in dataset.index):
         if held_out:
             notes.append(
                 f"frequency and markov were fitted without {', '.join(sorted(held_out))}, as a predictor given was"
             )
-        counts = count_routing(dataset, "train", held_out)
-    else:
-        notes.append("these traces have no train split to fit baselines on")
-        counts = _counts_of_folders(predictors, shape, notes)
-    found: dict[str, Predictor] = {"repeat": Repeat()} if counts is None else baselines_from(counts, shape)
+        return count_routing(dataset, "train", held_out)
+    notes.append("these traces have no train split to fit baselines on")
+    return _counts_of_folders(predictors, RoutingShape.of(dataset), notes)
+
+
+def _baselines(
+    dataset: TraceDataset, predictors: Mapping[str, Predictor], split: str, notes: list[str]
+) -> dict[str, Predictor]:
+    """frequency, repeat and markov, with counts from where the protocol says; those of a name given are left out."""
+    counts = training_counts(dataset, predictors, split, notes)
+    found = {"repeat": Repeat()} if counts is None else baselines_from(counts, RoutingShape.of(dataset))
     given = sorted(found.keys() & predictors.keys())
     notes += [f"{name} is the predictor given, not one fitted for this evaluation" for name in given]
     return {name: predictor for name, predictor in found.items() if name not in predictors}

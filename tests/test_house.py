@@ -14,8 +14,9 @@ MAY_IMPORT = {
     "moe": {"groundwork"},
     "collection": {"groundwork", "traces", "moe"},
     "speculation": {"groundwork", "traces"},
-    "analysis": {"groundwork", "traces", "speculation"},
-    "expert_speculation": {"groundwork", "traces", "moe", "collection", "speculation", "analysis"},
+    "prefetch": {"groundwork", "traces", "speculation"},
+    "analysis": {"groundwork", "traces", "speculation", "prefetch"},
+    "expert_speculation": {"groundwork", "traces", "moe", "collection", "speculation", "prefetch", "analysis"},
 }
 
 

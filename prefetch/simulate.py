@@ -1,0 +1,283 @@
+"""The whole answer: a table of prefetchers and policies on one machine, what it depends on, and three sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from groundwork.errors import ConfigurationError
+from groundwork.profiles.hardware import HardwareProfile
+from groundwork.profiles.model import ModelProfile
+from prefetch.answers import as_json, sentences, what_else
+from prefetch.guesses import perfect_guesses, predictor_guesses
+from prefetch.prediction_time import prediction_us
+from prefetch.rows import Row, format_rows
+from prefetch.settings import SimulateSettings, experts_counted
+from prefetch.simulation import POLICIES, Prefetcher, Simulation, usage_rates
+from prefetch.sweep import sweep
+from prefetch.timing import Timing
+from prefetch.workload import Workload, read_workload
+from speculation.evaluation import training_counts
+from speculation.predictor import MAX_HORIZON, Predictor
+from traces.reader import TraceDataset
+
+FORMAT_VERSION = 1
+RAM_SHARE = 0.75  # of RAM, what experts may take; the rest is the system's and the program's
+FOREKNOWING = "belady"  # the policy that no machine can have
+
+
+def simulate(
+    dataset: TraceDataset,
+    predictors: Mapping[str, Predictor],
+    model: ModelProfile,
+    hardware: HardwareProfile,
+    settings: SimulateSettings,
+    only: Collection[str] = (),
+) -> dict[str, Any]:
+    """Simulate decoding a split with no prefetching, with each predictor, and with perfect foresight; ready for JSON.
+
+    Raises ConfigurationError where model, predictors and traces do not fit each other, or the cache is too small.
+    """
+    _check(dataset, predictors, model, settings)
+    notes: list[str] = []
+    timing = Timing.of(model, hardware, settings.precision, settings.batch_size)
+    counts = training_counts(dataset, predictors, settings.split, notes)
+    workload = read_workload(dataset, settings.split, only)
+    if not workload.decoded:
+        notes.append("these traces hold prompts; their tokens are simulated as if they had been decoded one by one")
+    simulation = Simulation(
+        workload,
+        timing,
+        _capacity(settings, model, hardware, timing),
+        None if counts is None else usage_rates(counts.usage_LE.numpy(), workload.shape.top_k),
+        settings.batch_size,
+        settings.cache_layout == "pooled",
+        _ram_experts(settings, model, hardware, timing),
+    )
+    prefetchers = _prefetchers(dataset, predictors, workload, settings, only)
+    rows = _rows(simulation, prefetchers, list(predictors), settings)
+    caching, predicted, perfect = _best_caching(rows), _best(rows, predictors), _best(rows, ["perfect"])
+    assert perfect is not None
+    budget = _budget(settings, model)
+    recall = {
+        name: each.guesses.recall(workload.expert_ids_TLK, budget)
+        for name, each in prefetchers.items()
+        if name != "oracle"
+    }
+    now = caching if predicted is None else predicted
+    changes = what_else(
+        simulation, now.policy, prefetchers.get(now.prefetcher), prefetchers["perfect"], prefetchers["oracle"]
+    )
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": dataset.spec.model_name,
+        "split": settings.split,
+        "only_dataset": sorted(only),
+        "sequences": len(workload.lengths_S),
+        "tokens": int(workload.lengths_S.sum()),
+        "settings": asdict(settings),
+        "hardware": asdict(hardware),
+        "model_profile": asdict(model),
+        "machine": _machine(simulation, settings, model, timing),
+        "prefetchers": {
+            name: {"horizon": each.horizon, "budget": each.budget, "recall": recall.get(name, 1.0),
+                   "prediction_us": each.predict_ns / 1000}
+            for name, each in prefetchers.items()
+        },
+        "rows": [row.figures() | {"over_caching": row.faster_than(caching)} for row in rows],
+        "best_caching": caching.policy,
+        "answers": sentences(simulation, caching, predicted, perfect, recall, changes),
+        "what_else": as_json(changes),
+        "sweep": _sweep(simulation, rows, prefetchers, list(predictors), settings) if settings.sweep_tokens else None,
+        "notes": notes,
+    }  # fmt: skip
+
+
+def format_result(result: Mapping[str, Any]) -> str:
+    """Return the result as text for a terminal: the machine, the table, the three sentences, notes."""
+    machine = result["machine"]
+    ram = "" if machine["ram_experts"] is None else f", RAM {machine['ram_experts']:,}, the disk the rest"
+    return "\n".join(
+        [
+            f"{result['model_profile']['name']}, {machine['precision']} ({machine['expert_bytes'] / 1e6:.1f} MB an "
+            f"expert), on {result['hardware']['name']}: the GPU holds {machine['cache_experts']:,} of "
+            f"{machine['experts']:,} experts{ram}; a transfer takes {machine['transfer_us']:.0f} us, a layer "
+            f"computes {machine['layer_us']:.0f} us",
+            "",
+            format_rows(result["rows"]),
+            "",
+            *result["answers"],
+            f"{result['sequences']:,} sequences, {result['tokens']:,} tokens of split {result['split']}, "
+            f"{result['settings']['batch_size']} at once, predictions {result['settings']['horizon']} ahead; the last "
+            f"column compares with caching alone ({result['best_caching']})",
+            *(f"note: {note}" for note in result["notes"]),
+        ]
+    )
+
+
+def _check(
+    dataset: TraceDataset, predictors: Mapping[str, Predictor], model: ModelProfile, settings: SimulateSettings
+) -> None:
+    spec = dataset.spec
+    found = (spec.num_layers, spec.num_experts, spec.top_k)
+    profile = (model.moe_layers, model.num_experts, model.top_k)
+    if found != profile:
+        raise ConfigurationError(
+            f"model profile {model.name!r} has (layers, experts, top k) {profile}, but the traces of {spec.model_name} "
+            f"have {found}; name the profile of their model with --model_profile"
+        )
+    if settings.horizon > min(MAX_HORIZON, spec.num_layers - 1):
+        raise ConfigurationError(
+            f"--horizon {settings.horizon}: must be 1 to {min(MAX_HORIZON, spec.num_layers - 1)} for these traces"
+        )
+    if settings.budget is not None and settings.budget > spec.num_experts:
+        raise ConfigurationError(
+            f"--budget {settings.budget}: a layer has {spec.num_experts} experts; give at most that"
+        )
+    if "guided" in settings.policies and not predictors:
+        raise ConfigurationError("--policy guided: evicts by a predictor's scores; name one with --predictor_dir")
+    for predictor in predictors.values():
+        origin = str(predictor.folder_ or predictor.name)
+        predictor.check_shape(dataset, origin)
+        predictor.check_columns(dataset, origin)
+
+
+def _capacity(settings: SimulateSettings, model: ModelProfile, hardware: HardwareProfile, timing: Timing) -> int:
+    everything = model.moe_layers * model.num_experts
+    if settings.cache_experts is not None:
+        return experts_counted("--cache_experts", settings.cache_experts, everything)
+    room = hardware.gpu_memory_bytes - hardware.reserved_bytes - model.resident_bytes()
+    if room < timing.expert_bytes:
+        raise ConfigurationError(
+            f"{model.name} on {hardware.name}: beside {model.resident_bytes() / 1e9:.1f} GB of other weights and "
+            f"{hardware.reserved_gb:g} GB reserved there is no room for experts in {hardware.gpu_memory_gb:g} GB; "
+            "choose another --hardware or a smaller model, or set --cache_experts to simulate it nevertheless"
+        )
+    return min(everything, room // timing.expert_bytes)
+
+
+def _ram_experts(
+    settings: SimulateSettings, model: ModelProfile, hardware: HardwareProfile, timing: Timing
+) -> int | None:
+    """Return how many experts RAM holds; None where it holds all."""
+    everything = model.moe_layers * model.num_experts
+    if settings.ram_experts is not None:
+        held = experts_counted("--ram_experts", settings.ram_experts, everything)
+    else:
+        held = int(RAM_SHARE * hardware.ram_bytes) // timing.expert_bytes
+    return None if held >= everything else held
+
+
+def _budget(settings: SimulateSettings, model: ModelProfile) -> int:
+    return model.top_k if settings.budget is None else settings.budget
+
+
+def _prefetchers(
+    dataset: TraceDataset,
+    predictors: Mapping[str, Predictor],
+    workload: Workload,
+    settings: SimulateSettings,
+    only: Collection[str],
+) -> dict[str, Prefetcher]:
+    """Return every predictor given, perfect guesses at the same horizon, and of a whole token ahead."""
+    shape = workload.shape
+    budget = settings.budget or shape.top_k
+    found: dict[str, Prefetcher] = {}
+    for name, predictor in predictors.items():
+        guesses = predictor_guesses(dataset, settings.split, only, predictor, settings.horizon, shape.num_experts)
+        cost_ns = settings.prediction_ns()
+        if cost_ns is None:
+            measure = settings.prediction_us == "measure"
+            cost_ns = round(1000 * prediction_us(predictor, dataset, settings.split, settings.horizon, measure=measure))
+        found[name] = Prefetcher(guesses, settings.horizon, budget, settings.threshold, cost_ns)
+    known = perfect_guesses(workload)
+    return found | {
+        "perfect": Prefetcher(known, settings.horizon, shape.top_k),
+        "oracle": Prefetcher(known, shape.num_layers, shape.top_k),
+    }
+
+
+def _rows(
+    simulation: Simulation, prefetchers: Mapping[str, Prefetcher], predictors: list[str], settings: SimulateSettings
+) -> list[Row]:
+    """Return caching alone under every policy, and each prefetcher under the best of them, `guided` and `belady`.
+
+    Where the user names policies, every prefetcher is simulated under each.
+    """
+
+    def row(prefetcher: str, policy: str, with_it: Prefetcher | None) -> Row:
+        return Row.of(prefetcher, policy, simulation.run(policy, with_it), settings.bootstrap, settings.seed)
+
+    available = [
+        policy
+        for policy in POLICIES
+        if not (policy == "guided" and not predictors) and not (policy == "static" and simulation.rate_LE is None)
+    ]
+    policies = list(settings.policies) or available
+    alone = [row("none", policy, _alone(prefetchers, predictors, policy)) for policy in policies]
+    chosen = policies
+    if not settings.policies:
+        chosen = [policy for policy in available if policy in {_best_caching(alone).policy, "guided", FOREKNOWING}]
+    return alone + [row(name, policy, each) for name, each in prefetchers.items() for policy in chosen]
+
+
+def _alone(prefetchers: Mapping[str, Prefetcher], predictors: list[str], policy: str) -> Prefetcher | None:
+    """Return what is known where nothing is prefetched: nothing, or, to evict by, the first predictor's scores."""
+    return replace(prefetchers[predictors[0]], budget=0) if policy == "guided" else None
+
+
+def _best_caching(rows: list[Row]) -> Row:
+    """Return the fastest row without prefetching, among policies that need neither a predictor nor the future."""
+    alone = [row for row in rows if row.prefetcher == "none"]
+    plain = [row for row in alone if row.policy not in ("guided", FOREKNOWING)]
+    return max(plain or alone, key=lambda row: row.tokens_per_s)
+
+
+def _best(rows: list[Row], names: Collection[str]) -> Row | None:
+    """Return the fastest row of these prefetchers, under a policy that a machine can have where there is one."""
+    own = [row for row in rows if row.prefetcher in names]
+    real = [row for row in own if row.policy != FOREKNOWING]
+    return max(real or own, key=lambda row: row.tokens_per_s, default=None)
+
+
+def _machine(simulation: Simulation, settings: SimulateSettings, model: ModelProfile, timing: Timing) -> dict[str, Any]:
+    """Return what the run came down to, in numbers that a reader can check."""
+    shape = simulation.workload.shape
+    layer_ns = timing.attention_ns_A[1] + timing.experts_ns_AE[1, shape.top_k]
+    return {
+        "precision": settings.precision or model.default_precision,
+        "expert_bytes": timing.expert_bytes,
+        "experts": shape.num_layers * shape.num_experts,
+        "cache_experts": simulation.capacity,
+        "cache_layout": settings.cache_layout,
+        "ram_experts": simulation.ram_experts,
+        "transfer_us": timing.transfer_ns / 1000,
+        "disk_read_us": timing.read_ns / 1000,
+        "layer_us": float(layer_ns) / 1000,
+        "other_us_per_token": float(timing.other_ns_A[1]) / 1000,
+        "tokens_per_s_with_all_experts": 1e9 / timing.resident_ns(shape.num_layers, shape.top_k),
+    }
+
+
+def _sweep(
+    simulation: Simulation,
+    rows: list[Row],
+    prefetchers: Mapping[str, Prefetcher],
+    predictors: list[str],
+    settings: SimulateSettings,
+) -> dict[str, Any]:
+    """Sweep a part of the sequences, drawn at random, with the policy that each prefetcher does best with."""
+    part, kept_T = simulation.workload.of(simulation.workload.part(settings.sweep_tokens, settings.seed))
+    best = [_best_caching(rows), _best(rows, predictors), _best(rows, ["perfect"]), _best(rows, ["oracle"])]
+    contestants: dict[str, tuple[str, Prefetcher | None]] = {}
+    for row in best:
+        if row is not None:
+            with_it = prefetchers.get(row.prefetcher)
+            part_of_it = None if with_it is None else replace(with_it, guesses=with_it.guesses.of(kept_T))
+            contestants[row.prefetcher] = row.policy, part_of_it
+    name = best[1].prefetcher if best[1] else "perfect"
+    policy, graded = contestants[name]
+    assert graded is not None
+    like_it = policy, replace(graded, budget=simulation.workload.shape.top_k, threshold=0.0)
+    return sweep(simulation.changed(workload=part), contestants, like_it, settings.seed)
