@@ -89,6 +89,12 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+def listed(names: Sequence[str], most: int = 6) -> str:
+    """Return names as a sentence has them, the last few as a number where they are many."""
+    names = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
 def pack(data: bytes) -> str:
     """Return base64 of gzip of `data`, the same for the same data; the page's scripts unpack it."""
     return base64.b64encode(gzip.compress(data, compresslevel=9, mtime=0)).decode("ascii")

@@ -90,6 +90,7 @@ def panel_title(name: str, left: float, top: float) -> dict[str, Any]:
         "yanchor": "bottom",
         "showarrow": False,
         "borderpad": 0,
+        "align": "left",  # the page gives it the panel's width
         "yshift": 3,
     }
 

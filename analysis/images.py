@@ -34,8 +34,12 @@ def check_images(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigurationError(f"--figures {folder}: is a file, wanted a folder; name another")
-    with _drawing(folder) as kaleido:
-        kaleido.calc_fig_sync({"data": [], "layout": {}}, {"format": "svg"}, kopts=dict(NO_NETWORK))
+    _draw_nothing(f"--figures {folder}")
+
+
+def check_image(output: Path) -> None:
+    """Draw an empty figure, likewise; raises ConfigurationError where kaleido or a browser is missing."""
+    _draw_nothing(f"--figure {output}")
 
 
 def write_images(figures: Sequence[Figure], folder: Path, image_format: str, source: str) -> list[Path]:
@@ -49,19 +53,17 @@ def write_images(figures: Sequence[Figure], folder: Path, image_format: str, sou
         figure for figure in figures if any(len(trace.get("z", trace.get("x", ()))) for trace in figure.spec["data"])
     ]
     names = [f"{figure.key}.{image_format}" for figure in figures]
-    with _drawing(folder) as kaleido, TemporaryDirectory(dir=folder) as unfinished:
-        kaleido.write_fig_from_object_sync(
-            [
-                {
-                    "fig": standing_alone(figure, source),
-                    "path": Path(unfinished) / name,
-                    "opts": {"format": image_format, "scale": SCALE[image_format]},
-                }
-                for figure, name in zip(figures, names, strict=True)
-            ],
-            kopts=dict(NO_NETWORK),
-        )
-        return [(Path(unfinished) / name).replace(folder / name) for name in names]
+    _draw(figures, [folder / name for name in names], image_format, source, f"--figures {folder}")
+    return [folder / name for name in names]
+
+
+def write_image(figure: Figure, output: Path, source: str) -> None:
+    """Write one figure to `output`, in the format of FORMATS that its suffix names, under its title and `source`.
+
+    Raises ConfigurationError where kaleido or a browser is missing.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _draw([figure], [output], output.suffix.removeprefix("."), source, f"--figure {output}")
 
 
 def standing_alone(figure: Figure, source: str) -> dict[str, Any]:
@@ -80,7 +82,8 @@ def standing_alone(figure: Figure, source: str) -> dict[str, Any]:
             trace["colorbar"] = bar | trace.get("colorbar", {})
     for name in [name for name in layout if name.startswith(("xaxis", "yaxis"))]:
         axis = {"gridcolor": RULE, "linecolor": RULE, "zerolinecolor": SOFT, "tickfont": {"color": SOFT}}
-        layout[name] = axis | layout[name] | {"automargin": True}
+        words = {"standoff": 8, "font": {"size": 13, "color": SOFT}} | layout[name].get("title", {})
+        layout[name] = axis | layout[name] | {"automargin": True, "title": words}
     margin = {"l": 60, "r": 24, "t": 0, "b": 50} | layout.get("margin", {})
     above = TITLE_ROOM + TITLE_LINE * len(title) + max(margin["t"], LEGEND_ROW * rows)
     layout |= {
@@ -108,15 +111,39 @@ def standing_alone(figure: Figure, source: str) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
+def _draw_nothing(option: str) -> None:
+    with _drawing(option) as kaleido:
+        kaleido.calc_fig_sync({"data": [], "layout": {}}, {"format": "svg"}, kopts=dict(NO_NETWORK))
+
+
+def _draw(figures: Sequence[Figure], outputs: Sequence[Path], image_format: str, source: str, option: str) -> None:
+    """Draw each figure beside its output, and put it in place when all are drawn."""
+    with _drawing(option) as kaleido, TemporaryDirectory(dir=outputs[0].parent if outputs else None) as unfinished:
+        drawn = [Path(unfinished) / output.name for output in outputs]
+        kaleido.write_fig_from_object_sync(
+            [
+                {
+                    "fig": standing_alone(figure, source),
+                    "path": path,
+                    "opts": {"format": image_format, "scale": SCALE[image_format]},
+                }
+                for figure, path in zip(figures, drawn, strict=True)
+            ],
+            kopts=dict(NO_NETWORK),
+        )
+        for path, output in zip(drawn, outputs, strict=True):
+            path.replace(output)
+
+
 @contextmanager
-def _drawing(folder: Path) -> Iterator[ModuleType]:
-    """Give kaleido; raise ConfigurationError where it, or its browser, can not be had."""
+def _drawing(option: str) -> Iterator[ModuleType]:
+    """Give kaleido; raise ConfigurationError, which begins with the option, where it or its browser can not be had."""
     try:
         import kaleido
         from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
     except ImportError:
         raise ConfigurationError(
-            f"--figures {folder}: needs kaleido, which is not installed; run pip install 'expert-speculation[figures]'"
+            f"{option}: needs kaleido, which is not installed; run pip install 'expert-speculation[figures]'"
         ) from None
     try:
         yield kaleido
@@ -124,6 +151,6 @@ def _drawing(folder: Path) -> Iterator[ModuleType]:
         problem = "was not found" if isinstance(error, ChromeNotFoundError) else "closes as soon as it starts"
         named = f" (BROWSER_PATH={os.environ['BROWSER_PATH']})" if "BROWSER_PATH" in os.environ else ""
         raise ConfigurationError(
-            f"--figures {folder}: needs Chromium or Chrome, which {problem}{named}; install it, such as by "
+            f"{option}: needs Chromium or Chrome, which {problem}{named}; install it, such as by "
             "'apt-get install chromium', or name a working one in BROWSER_PATH"
         ) from None

@@ -10,6 +10,7 @@ page unpacks. plotly's script is then put into the page as an element with text,
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from analysis.palette import expert_colours
 from analysis.tokens import readable
 
 TEMPLATES = Path(__file__).parent / "templates"
+LOOSE = re.compile(r"(?<=\d) (?=%)|(?<=\b[pq]) (?=[<=] \d)|(?<=\b[pq] [<=]) (?=\d)")  # blanks at which no line may end
 SCRIPTS = (
     "report.js",
     "matrices.js",
@@ -82,7 +84,7 @@ def numbers(sections: Sequence[Section]) -> dict[str, Any]:
     return found
 
 
-def render(sections: Sequence[Section], run: Mapping[str, Any]) -> str:
+def render(sections: Sequence[Section], run: Mapping[str, Any], template: str = "report.html.j2") -> str:
     """Fill the page's template; `run` describes the traces, as the overview's numbers do.
 
     The data of the scripts goes in as JSON in which every `<` is written `\\u003c`.
@@ -96,12 +98,13 @@ def render(sections: Sequence[Section], run: Mapping[str, Any]) -> str:
     )
     environment.filters["readable"] = lambda value: readable(str(value))
     environment.filters["grouped"] = grouped
+    environment.filters["tied"] = tied
     plotly, *scripts = [get_plotlyjs(), *((TEMPLATES / name).read_text("utf-8") for name in SCRIPTS)]
     scripts = [script.replace("\r\n", "\n").replace("</script", "<\\/script") for script in scripts]
     digests = [
         base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii") for script in (plotly, *scripts)
     ]
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(template).render(
         sections=sections,
         run=run,
         scripts=[Markup(script) for script in scripts],  # our own files, never data
@@ -112,6 +115,11 @@ def render(sections: Sequence[Section], run: Mapping[str, Any]) -> str:
         data=Markup(embedded_json(page_data(sections, run["num_experts"]))),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def tied(sentence: str) -> str:
+    """Return a sentence in which no line ends between a number and its `%`, nor within `q < 0.05`."""
+    return LOOSE.sub("\N{NO-BREAK SPACE}", sentence)
 
 
 def embedded_json(data: Any) -> str:

@@ -13,11 +13,14 @@ MAX_MARKS = 3  # combining marks in a row that are shown; real scripts rarely st
 VISIBLE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
-def readable(text: str) -> str:
-    """Return `text` with every invisible or direction-changing character replaced by a visible name of it."""
+def readable(text: str, most: int | None = MAX_CHARACTERS) -> str:
+    """Return `text` with every invisible or direction-changing character replaced by a visible name of it.
+
+    Of a longer text the first `most` characters are kept; None keeps all.
+    """
     shown: list[str] = []
     marks = 0
-    for character in text[:MAX_CHARACTERS]:
+    for character in text[:most]:
         category = unicodedata.category(character)
         marks = marks + 1 if category in ("Mn", "Me") else 0
         if character in VISIBLE:
@@ -26,7 +29,7 @@ def readable(text: str) -> str:
             shown.append(f"⟨{ord(character):X}⟩")
         else:
             shown.append(character)
-    return "".join(shown) + ("…" if len(text) > MAX_CHARACTERS else "")
+    return "".join(shown) + ("…" if most is not None and len(text) > most else "")
 
 
 def readable_tokens(tokens: Sequence[str]) -> list[str]:

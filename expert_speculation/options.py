@@ -1,6 +1,5 @@
 """Options that several verbs share, and the printing of results."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,10 +51,11 @@ def json_option(command: Command) -> Command:
 def write_results(json_file: Path | None, results: Any) -> None:
     """Write `results` to `--json FILE` when it was given."""
     from groundwork.atomic import write_text
+    from groundwork.json_rows import dumps_rows
 
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(json_file, json.dumps(results, indent=2, default=str) + "\n")
+        write_text(json_file, dumps_rows(results) + "\n")
 
 
 def print_facts(facts: dict[str, Any]) -> None:

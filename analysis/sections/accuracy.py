@@ -36,10 +36,12 @@ def make(evaluations: Sequence[Evaluation], name: str = UNNAMED) -> Section:
 def _section(evaluations: Sequence[Evaluation]) -> Section:
     evaluation = evaluations[0]
     horizon, split = int(evaluation["horizon"]), evaluation.get("split")
-    where = "" if split is None else f" of split {readable(split)}" + (", held out from training" * (split == "test"))
+    where = (
+        "" if split is None else f" of the {readable(split)} split" + (", held out from training" * (split == "test"))
+    )
     lead = (
         f"{grouped(evaluation['tokens'])} tokens of {grouped(evaluation['sequences'])} sequences{where}, "
-        f"{words(horizon)} ahead. Small figures are 95 % intervals from a bootstrap over sequences."
+        f"{words(horizon)} ahead. The small numbers are 95 % intervals from a bootstrap over sequences."
     )
     return Section(
         key="accuracy",
@@ -51,9 +53,9 @@ def _section(evaluations: Sequence[Evaluation]) -> Section:
         partial="accuracy.html.j2",
         values={
             "horizon": horizon,
+            "top_k": int(evaluation["top_k"]),
             "notes": [readable(str(note)) for note in evaluation.get("notes", [])],
             "scores": score_table(evaluation),
-            "differences": difference_table(evaluation),
         },
         numbers={"evaluation": evaluation, "further_evaluations": list(evaluations[1:])},
     )
@@ -103,18 +105,6 @@ def score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         for row, name in enumerate(names)
     ]
     return {"columns": columns, "rows": rows}
-
-
-def difference_table(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the paired differences in percentage points with what may be concluded from each."""
-    return [
-        {
-            **{key: readable(entry[key]) for key in ("a", "b", "metric")},
-            **_per_cent(entry),
-            "verdict": "better" if entry["low"] > 0 else "worse" if entry["high"] < 0 else "no difference shown",
-        }
-        for entry in accuracy_figures.once_per_pair(evaluation)
-    ]
 
 
 def _metric(predictor: Mapping[str, Any], key: str, inner: str) -> Mapping[str, float] | None:

@@ -1,4 +1,4 @@
-"""Figures of accuracy: by layer, number of experts named, data set, position and horizon, and differences in pairs."""
+"""Figures of accuracy: by layer, number of experts named, data set, position and horizon."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,19 +7,19 @@ import numpy as np
 
 from analysis.evaluations import BASELINES, Evaluation, Style, leader, per_cent, per_cent_row, styles, words
 from analysis.figures import (
-    SERIES,
     Figure,
     band,
     dots,
     dots_layout,
     error_bars,
-    label,
     line,
     line_layout,
+    listed,
     rounded,
     shortened,
     ticks,
 )
+from analysis.sections.accuracy_differences import difference_figure
 from analysis.tokens import readable
 
 SHOWN_DATASETS = 24  # with most tokens; the table holds all of them
@@ -123,6 +123,8 @@ def dataset_figure(evaluation: Evaluation) -> Figure:
     sentence = (
         "Each dot is a predictor's recall on the texts of one data set, each bar its 95 % interval over sequences."
     )
+    if single := [readable(each) for each in drawn if parts[best].get(each, {}).get("sequences") == 1]:
+        sentence += f" A single sequence has none ({listed(single)})."
     if len(parts[best]) > 1:
         low, high = (100 * parts[best][dataset]["recall"][budget]["value"] for dataset in (drawn[0], drawn[-1]))
         sentence += (
@@ -215,57 +217,6 @@ def horizon_figure(evaluations: Sequence[Evaluation]) -> Figure:
         rows=rows,
         max_width=820,
     )
-
-
-def difference_figure(evaluation: Mapping[str, Any]) -> Figure:
-    """Forest plot of the paired differences in recall at K, or in whatever single metric was compared."""
-    differences = once_per_pair(evaluation)
-    wanted = f"recall@{evaluation['top_k']}"
-    at_k = [entry for entry in differences if entry["metric"] == wanted] or differences
-    names = [f"{label(entry['a'])} − {label(entry['b'])}" for entry in at_k]
-    if any(entry["metric"] != at_k[0]["metric"] for entry in at_k):
-        names = [f"{name}, {label(entry['metric'])}" for name, entry in zip(names, at_k, strict=True)]
-    ends = _, low, high = per_cent(at_k)
-    trace = dots("difference", [], ends, SERIES[0], "circle", "points") | {
-        "y": names,
-        "hovertemplate": "%{y}<br>%{x:+.2f} points  [%{customdata[0]:+.2f}, %{customdata[1]:+.2f}]<extra></extra>",
-    }
-    layout = line_layout("percentage points", "", height=80 + 34 * len(names)) | {"showlegend": False}
-    layout["hovermode"] = "closest"
-    layout["margin"]["l"] = 30
-    reach = (min(0.0, float(low.min())), max(0.0, float(high.max())))
-    margin = 0.04 * (reach[1] - reach[0]) or 1.0
-    layout["xaxis"] |= {
-        "range": [reach[0] - margin, reach[1] + margin],
-        "showgrid": True,
-        "zeroline": True,
-        "zerolinewidth": 1.5,
-        "tickformat": "+.3~g",
-    }
-    layout["yaxis"] |= {"autorange": "reversed", "showgrid": False, "automargin": True, "type": "category"}
-    return Figure(
-        key="differences",
-        title=f"Paired differences in {label(at_k[0]['metric'])}",
-        sentence=(
-            "Each dot is a mean difference over the same sequences and each bar its 95 % interval: a predictor is "
-            "better than another only where the bar clears the zero line."
-        ),
-        spec={"data": [trace], "layout": layout},
-        columns=["predictor", "against", "metric", "difference, points", "95 % from", "to"],
-        rows=[[readable(e["a"]), readable(e["b"]), readable(e["metric"]), *per_cent_row(e)] for e in differences],
-        max_width=820,
-    )
-
-
-def once_per_pair(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the differences without those that an earlier one states the other way round."""
-    seen: set[tuple[str, str, str]] = set()
-    kept = []
-    for entry in evaluation["differences"]:
-        if (entry["b"], entry["a"], entry["metric"]) not in seen:
-            kept.append(entry)
-        seen.add((entry["a"], entry["b"], entry["metric"]))
-    return kept
 
 
 def _curve(

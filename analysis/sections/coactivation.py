@@ -14,7 +14,7 @@ from analysis.counts.coactivation import (
     window_bits,
     within_bits,
 )
-from analysis.figures import SERIES, Figure, Notice, Section, line, line_layout, rounded, ticks
+from analysis.figures import SERIES, Figure, Notice, Section, grouped, line, line_layout, rounded, ticks
 from analysis.matrices import Matrices, lifts, octaves, shown_layers
 
 MIN_EXPECTED = 50  # tokens; pairs that chance would bring together less often are not ranked
@@ -165,7 +165,7 @@ def pair_figure(ranked: list[list[Any]]) -> Figure:
         "marker": {"color": SERIES[0][0]},
         "meta": {"dark": {"marker.color": SERIES[0][1]}},
     }
-    layout = line_layout("times as often as independent choices would be", "", height=90 + 24 * len(drawn))
+    layout = line_layout("times as often as expected", "", height=90 + 24 * len(drawn))
     layout |= {"hovermode": "closest", "bargap": 0.35}
     layout["xaxis"] |= {"showgrid": True, "rangemode": "tozero"}
     layout["yaxis"] |= {"autorange": "reversed", "automargin": True, "type": "category", "showgrid": False}
@@ -176,9 +176,8 @@ def pair_figure(ranked: list[list[Any]]) -> Figure:
         title="Pairs that tokens use together most, against independence",
         sentence=(
             f"Experts {a} and {b} of layer {layer} serve the same token {times:.1f} times as often as independent "
-            "choices "
-            f"would: {tokens} tokens, where {expected:.0f} are expected. Pairs expected in fewer than {MIN_EXPECTED} "
-            f"tokens are left out; the table lists the first {len(ranked)}."
+            f"choices would: {grouped(tokens)} tokens, where {grouped(round(expected))} are expected. Pairs expected "
+            f"in fewer than {MIN_EXPECTED} tokens are left out; the table lists the first {len(ranked)}."
         ),
         spec={"data": [trace], "layout": layout},
         columns=["layer", "expert", "expert", "times as often as expected", "tokens", "expected tokens"],

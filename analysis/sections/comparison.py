@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from analysis.counts.comparison import Comparison
-from analysis.figures import Notice, Section, grouped, rounded, shortened
-from analysis.sections import comparison_figures
+from analysis.figures import Figure, Notice, Section, grouped, rounded, shortened
+from analysis.sections import comparison_agreement, comparison_usage
 from analysis.tokens import readable
 from traces.reader import TraceDataset
 from traces.schema import TraceSpec
@@ -25,11 +25,11 @@ def make(first: TraceDataset, second: TraceDataset, comparison: Comparison) -> S
             "expert in both only where one model was made from the other, by quantising or fine-tuning it, or where "
             "both are the same."
         ),
-        figures=tuple(comparison_figures.make(comparison, names, (first.spec.top_k, second.spec.top_k))),
+        figures=tuple(_figures(comparison, names, (first.spec.top_k, second.spec.top_k))),
         notices=tuple(Notice(text, commands) for text, commands in _reasons(comparison, first.spec, second.spec)),
         partial="comparison.html.j2",
         values={"names": names, "facts": _facts(first, second, comparison)},
-        numbers={"comparison": _numbers(comparison, names, (first.spec, second.spec))},
+        numbers={"comparison": _numbers(comparison, names, (first, second))},
     )
 
 
@@ -42,6 +42,19 @@ def run_names(first: TraceDataset, second: TraceDataset) -> tuple[str, str]:
         if shown[0] != shown[1]:
             return shown[0], shown[1]
     return f"{shown[0]} (first)", f"{shown[1]} (second)"
+
+
+def _figures(comparison: Comparison, names: tuple[str, str], top_k: tuple[int, int]) -> Iterator[Figure]:
+    """Yield the figures that two runs, by their names, allow."""
+    if comparison.agreement is not None and comparison.expected_shared_L is not None:
+        yield comparison_agreement.agreement_figure(comparison.agreement, comparison.expected_shared_L, top_k)
+        yield comparison_agreement.dataset_figure(comparison.agreement)
+        if "weight_distance" in comparison.agreement:
+            yield comparison_agreement.weight_figure(comparison.agreement)
+    if comparison.divergence is not None:
+        yield comparison_usage.divergence_figure(comparison)
+        yield comparison_usage.share_figure(comparison, names)
+    yield comparison_usage.effective_figure(comparison, names)
 
 
 def _reasons(comparison: Comparison, first: TraceSpec, second: TraceSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -105,8 +118,8 @@ def _facts(first: TraceDataset, second: TraceDataset, comparison: Comparison) ->
             "model": readable(spec.model_name)
             + (f" at {readable(spec.model_revision)}" if spec.model_revision else ""),
             "MoE layers, experts, experts per token": f"{spec.num_layers}, {spec.num_experts}, {spec.top_k}",
-            "precision: model, router": f"{readable(spec.model_dtype)}, {readable(spec.router_dtype)}",
-            "quantisation": readable(spec.quantization),
+            "precision: model, router": f"{_known(spec.model_dtype)}, {_known(spec.router_dtype)}",
+            "quantisation": _known(spec.quantization),
             "order of a token's experts": "by falling weight" if spec.expert_order == "weight" else "not known",
             "columns": ", ".join(sorted(run.available)),
             "sequences, tokens": f"{grouped(run.num_sequences)}, {grouped(run.num_tokens)}",
@@ -119,17 +132,25 @@ def _facts(first: TraceDataset, second: TraceDataset, comparison: Comparison) ->
     return [*rows, (f"sequences of the same text, by their {comparison.matched_by}", matched, matched, False)]
 
 
-def _numbers(comparison: Comparison, names: tuple[str, str], specs: tuple[TraceSpec, TraceSpec]) -> dict[str, Any]:
+def _known(text: str) -> str:
+    """Return a fact of a trace in the words of the page."""
+    return "not known" if text == "unknown" else readable(text)
+
+
+def _numbers(comparison: Comparison, names: tuple[str, str], runs: tuple[TraceDataset, TraceDataset]) -> dict[str, Any]:
     """Return the section's numbers beyond its tables, ready for JSON."""
     return {
-        "runs": [{"name": name, **spec.to_json()} for name, spec in zip(names, specs, strict=True)],
+        "runs": [
+            {"name": name, "num_tokens": run.num_tokens, "datasets": sorted(run.datasets), **run.spec.to_json()}
+            for name, run in zip(names, runs, strict=True)
+        ],
         "sequences": list(comparison.sequences),
         "matched_by": comparison.matched_by,
         "matched_sequences": comparison.matched_sequences,
         "divergence": {
             texts: [
                 dict(zip(DIVERGENCE_KEYS, row, strict=True))
-                for row in comparison_figures.divergence_rows(each)
+                for row in comparison_usage.divergence_rows(each)
             ]
             for texts, each in (("all", comparison.divergence), ("same", comparison.divergence_of_pairs))
             if each is not None

@@ -199,7 +199,8 @@ def focus_figure(focused: Focus, datasets: Sequence[str], compared: int) -> Figu
             f"may be chance. The most focused{' beyond chance' if clear_LE.any() else ''} is expert {expert} of layer "
             f"{layer}, {percent_LE[layer, expert]:.1f} % of whose selections come from "
             f"{names[focused.favourite_LE[layer, expert]]} (shuffled labels give "
-            f"{100 * focused.chance_LE[layer, expert]:.1f} % on average; q = {focused.q_LE[layer, expert]:.2g})"
+            f"{100 * focused.chance_LE[layer, expert]:.1f} % on average; "
+            f"q {'< 0.001' if focused.q_LE[layer, expert] < 0.001 else f'= {focused.q_LE[layer, expert]:.2g}'})"
             + ("" if clear_LE.any() else ", and no expert is beyond chance once all of them are tested")
             + "; the table lists all from most to least focused."
         ),

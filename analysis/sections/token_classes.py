@@ -33,8 +33,8 @@ def make(counts: TokenClassCounts) -> Section:
         title="Classes of tokens",
         lead=(
             "What an expert is for may lie in the token rather than in the text. Every class is compared with all "
-            "tokens "
-            "of the same sequences, so that differences between texts cancel out; the test takes sequences as its unit."
+            "tokens of the same sequences, so that differences between texts cancel out; the test takes sequences as "
+            "its unit."
         ),
         figures=figures,
         notices=tuple(notices),
@@ -60,15 +60,13 @@ def class_figure(found: ClassDifferences) -> Figure:
     tested = f"(q < {ALPHA}, Benjamini-Hochberg over t-tests of sequences)"
     sentence = (
         "Orange marks experts that serve a class more than the other tokens of the same texts, blue less; faded cells "
-        "may "
-        "be chance. "
+        "may be chance. "
     )
     if clear_CLE.any():
         sentence += (
             f"{100 * clear_CLE.mean():.0f} % of all cells are beyond chance {tested}; most of all, expert {place[2]} "
-            "of "
-            f"layer {place[1]} takes {abs(points_CLE[place]):.1f} points "
-            f"{'more' if points_CLE[place] > 0 else 'less'} of the selections for {found.classes[place[0]]}."
+            f"of layer {place[1]} takes {abs(points_CLE[place]):.1f} points "
+            f"{'more' if points_CLE[place] > 0 else 'less'} of the selections of “{found.classes[place[0]]}”."
         )
     else:
         sentence += f"Here not one cell is beyond chance {tested}."
@@ -120,8 +118,8 @@ def strength_figure(found: ClassDifferences) -> Figure:
         title="How much a class moves the routing, by layer",
         sentence=(
             f"The part of a class's selections that goes to other experts than the mean of its texts would send it to, "
-            f"counting differences beyond chance alone: most for {found.classes[most]} with {by_class[most]:.1f} % on "
-            f"average over layers, and over all classes most in layer {peak}."
+            f"counting differences beyond chance alone: most for “{found.classes[most]}” with {by_class[most]:.1f} % "
+            f"on average over layers, and over all classes most in layer {peak}."
         ),
         spec={
             "data": [trace],

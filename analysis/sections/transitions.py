@@ -121,15 +121,14 @@ def layer_information_figure(information: LayerInformation) -> Figure:
         "hovertemplate": "layers %{y} and %{x}<br>%{z:.3f} bits<extra></extra>",
         "colorbar": {"ticksuffix": " bits"},
     }
-    far = information.distance
+    far, control = information.distance, float(np.nanmean(information.control_LL))
     reached = f"layers up to {far} apart" if far < num_layers - 1 else "all pairs of layers"
     sentence = (
         "The stronger a cell's colour, the more a selection at the lower layer (row) tells about one at the higher "
-        "layer "
-        f"(column), for {reached}: {by_distance[0]:.2f} bits on average one layer ahead"
+        f"layer (column), for {reached}: {by_distance[0]:.2f} bits on average one layer ahead"
         + (f", {by_distance[-1]:.2f} bits {far} layers ahead" if far > 1 else "")
         + ". A selection is any one of a token's experts; what tokens of two different texts share by chance, "
-        f"{float(np.nanmean(information.control_LL)):.2g} bits, is subtracted."
+        f"{'less than 0.001' if control < 0.001 else f'{control:.3f}'} bits, is subtracted."
         + (f" Counted on one part in {information.every} of the text." if information.every > 1 else "")
     )
     most = min(num_layers, 24)

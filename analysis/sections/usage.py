@@ -1,7 +1,5 @@
 """Section of expert usage: how often each expert is chosen, by data set, and whether that goes beyond chance."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +14,7 @@ from analysis.figures import (
     heatmap_layout,
     line,
     line_layout,
+    listed,
     rounded,
     ticks,
 )
@@ -81,7 +80,7 @@ def usage_figure(share_LE: NDArray[np.float64]) -> Figure:
         "hovertemplate": "layer %{y}, expert %{x}<br>%{customdata:.2f} % of selections<extra></extra>",
     }
     if num_experts <= 16:
-        trace |= {"text": rounded(100 * share_LE, 1), "texttemplate": "%{text}"}
+        trace |= {"text": [[f"{share:.1f}" for share in row] for row in 100 * share_LE], "texttemplate": "%{text}"}
     trace["colorbar"] = {
         "tickvals": list(steps),
         "ticktext": [f"{100 * uniform * 2.0**step:.3g} %" + (" uniform" if step == 0 else "") for step in steps],
@@ -172,12 +171,6 @@ def per_cent_of_cells(clear: NDArray[np.bool_]) -> str:
     """Return which part of the cells it is in words, never `0 %` of some."""
     share = 100 * clear.mean()
     return f"{clear.sum()} of all cells" if share < 1 else f"{share:.0f} % of all cells"
-
-
-def listed(names: Sequence[str], most: int = 6) -> str:
-    """Return names as a sentence has them, the last few as a number where they are many."""
-    names = [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def mutual_information_figure(information: MutualInformation) -> Figure:

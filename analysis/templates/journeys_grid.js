@@ -198,7 +198,8 @@ journeys.grid.showTip = (token, layer) => {
   const x = 46 + (token + 1) * state.cell - grid.view.scrollLeft + 10, room = journeys.find("grid").clientWidth;
   const left = x + tip.offsetWidth + 4 > room ? x - state.cell - tip.offsetWidth - 24 : x;
   tip.style.left = `${Math.max(0, Math.min(left, room - tip.offsetWidth))}px`;
-  tip.style.top = `${Math.max(0, grid.top() + (layer + 1) * grid.height - 20)}px`;
+  const below = grid.top() + (layer + 1) * grid.height - 20, edge = journeys.find("grid").getBoundingClientRect().top;
+  tip.style.top = `${Math.max(8 - edge, Math.min(below, window.innerHeight - edge - tip.offsetHeight - 8))}px`;
 };
 
 /* --- legend --- */

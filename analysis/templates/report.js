@@ -31,11 +31,18 @@ report.element = (tag, attributes = {}, ...children) => {
   return element;
 };
 
+/* How many decimals a column of numbers needs, so that its points stand below each other; -1 leaves them as they are. */
+report.decimals = (rows, column) => {
+  const texts = rows.map((row) => row[column]).filter((value) => typeof value === "number").map(String);
+  return texts.some((text) => text.includes("e")) ? -1 : Math.max(-1, ...texts.map((text) => text.split(".")[1]?.length ?? 0));
+};
+
 report.table = (columns, rows) => {
-  const cell = (tag, value) => report.element(tag, tag === "th" ? { scope: "col" } : {}, value === null ? "–" : String(value));
+  const decimals = columns.map((_, column) => report.decimals(rows, column));
+  const written = (value, column) => (value === null ? "–" : typeof value === "number" && decimals[column] >= 0 ? value.toFixed(decimals[column]) : String(value));
   const table = report.element("table", {},
-    report.element("thead", {}, report.element("tr", {}, ...columns.map((name) => cell("th", name)))),
-    report.element("tbody", {}, ...rows.map((row) => report.element("tr", {}, ...row.map((value) => cell("td", value))))));
+    report.element("thead", {}, report.element("tr", {}, ...columns.map((name) => report.element("th", { scope: "col" }, name)))),
+    report.element("tbody", {}, ...rows.map((row) => report.element("tr", {}, ...row.map((value, column) => report.element("td", {}, written(value, column)))))));
   return report.element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Numbers" }, table);
 };
 
@@ -62,7 +69,7 @@ const themed = (spec) => {
   }
   for (const [name, axis] of Object.entries(layout)) {
     if (!/^[xy]axis/.test(name)) continue;
-    Object.assign(axis, { gridcolor: rule, linecolor: rule, zerolinecolor: report.variable("--faint"), fixedrange: true, tickfont: { color: soft, size: 12 } });
+    Object.assign(axis, { automargin: axis.automargin ?? name === "yaxis", gridcolor: rule, linecolor: rule, zerolinecolor: report.variable("--faint"), fixedrange: true, tickfont: { color: soft, size: 12 } });
     axis.title = { standoff: 8, ...axis.title, font: { color: soft, size: 13 } };
   }
   for (const note of layout.annotations ?? []) note.font = { color: ink, size: 13 };
@@ -82,13 +89,42 @@ const themed = (spec) => {
 report.drawn = new Set();
 
 const PAPER_WIDTH = 680; // px, of A4 and of Letter without their margins
+const PAPER_HEIGHT = 620; // px, that leave room for a section's heading and a figure's sentence on the same page
+const BAR_WIDTH = 85; // px, of a colour bar with its labels
+const LETTER = 7.3, LEGEND_MARK = 50, LEGEND_ROW = 19; // px, roughly
 const SMALLEST_TEXT = 36; // px of a heat map's cell that has room for its number
+
+/* What depends on the width: no more numbers on an axis than have room, titles of panels that end where the next begins,
+   and height for every row of the legend. */
+const fitTo = (width, { data, layout }) => {
+  const names = (layout.yaxis?.type === "category" ? data.flatMap((trace) => trace.y) : []).map((name) => String(name).length);
+  const bar = layout.coloraxis || data.some((trace) => trace.type === "heatmap" && trace.showscale !== false);
+  const inner = width - Math.max(layout.margin.l, 7 * Math.max(0, ...names)) - layout.margin.r - (bar ? BAR_WIDTH : 0);
+  const share = ({ domain = [0, 1] } = {}) => inner * (domain[1] - domain[0]);
+  for (const [name, axis] of Object.entries(layout)) {
+    if (!/^xaxis/.test(name) || axis.ticktext || !(axis.tickvals?.length > 4)) continue;
+    const room = share(axis) / (LETTER * String(axis.tickvals.at(-1)).length + 5);
+    const every = [1, 2, 4, 8, 16, 32, 64].find((each) => axis.tickvals.length / each <= room) ?? 128;
+    axis.tickvals = axis.tickvals.filter((_, place) => place % every === 0);
+  }
+  for (const note of layout.annotations ?? []) note.width = share(layout.xaxis);
+  const entries = data.filter((trace) => trace.name && (trace.showlegend ?? true)).map((trace) => trace.name.length * LETTER + LEGEND_MARK);
+  if (layout.showlegend === false || entries.length < 2 || entries.reduce((sum, each) => sum + each) <= inner) return;
+  layout.height += LEGEND_ROW * (Math.ceil(entries.length / Math.max(1, Math.floor(inner / Math.max(...entries)))) - 1);
+};
 
 const drawNow = (key) => {
   report.drawn.add(key);
   if (!window.Plotly) return undefined; // still being unpacked
   const place = document.getElementById(`plot-${key}`), { data, layout } = themed(report.figures[key]);
-  if (report.printing) layout.width = Math.min(PAPER_WIDTH, parseFloat(place.style.maxWidth) || PAPER_WIDTH);
+  if (report.printing) {
+    layout.width = Math.min(PAPER_WIDTH, parseFloat(place.style.maxWidth) || PAPER_WIDTH);
+    if (layout.height > PAPER_HEIGHT) {
+      layout.height = PAPER_HEIGHT;
+      for (const [name, axis] of Object.entries(layout)) if (/^xaxis/.test(name) && !axis.title.text) axis.showticklabels = false; // rows of panels move together
+    }
+  }
+  fitTo(layout.width ?? place.clientWidth, { data, layout });
   for (const trace of data) {
     if (trace.type === "heatmap" && trace.texttemplate && ((layout.width ?? place.clientWidth) - 110) / trace.z[0].length < SMALLEST_TEXT) delete trace.texttemplate;
   }
@@ -125,6 +161,15 @@ for (const details of document.querySelectorAll("[data-table]")) details.addEven
 
 report.redraw = () => { report.drawn.forEach(drawNow); report.journeysChanged?.(); };
 report.dark.addEventListener("change", report.redraw);
+let drawnWidth = window.innerWidth, resized = 0;
+window.addEventListener("resize", () => {
+  clearTimeout(resized);
+  resized = setTimeout(() => {
+    if (window.innerWidth === drawnWidth || report.printing) return; // plotly has scaled what it drew; its labels are another matter
+    drawnWidth = window.innerWidth;
+    report.drawn.forEach(drawNow);
+  }, 200);
+});
 window.addEventListener("beforeprint", () => {
   report.printing = true;
   document.documentElement.dataset.printing = "true"; // the colours of paper, which no media query gives scripts yet

@@ -1,7 +1,7 @@
 /* What the browser tests ask of a page as a whole; each function returns what is wrong. */
 
 /* Text nodes whose contrast with what is behind them is below `wanted`, or below 3 where they are large, and how many
-   were looked at. Numbers in the cells of plotly's heat maps are left to plotly, which takes black or white. */
+   were looked at. Numbers in the cells of plotly's heat maps are left to `cellColours`. */
 const faintText = (wanted) => {
   const sample = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
   const rgba = (colour) => {
@@ -76,4 +76,20 @@ const stickingOut = () => [...document.querySelectorAll("main *")]
 
 /* Tag names of everything outside figures, without those whose number depends on the text: line ends and table rows. */
 const elements = () => [...document.querySelectorAll("body *:not(.plot *):not(#journey-paths *):not(br):not(td):not(tr)")].map((element) => element.tagName);
+/* Numbers along the axes, and titles of panels, that reach into the next one of their line. */
+const overlapping = () => [...document.querySelectorAll(".plot")].flatMap((plot) => {
+  const lines = [...[...plot.querySelectorAll("[class*='xtick']")].map((tick) => tick.parentElement), plot.querySelector(".infolayer")].filter(Boolean);
+  return [...new Set(lines)].flatMap((line) => {
+    const clip = (element) => element.closest(".annotation-text-g")?.querySelector("clipPath rect, rect.bg");
+    const boxes = [...line.querySelectorAll("[class*='xtick'] text, .annotation-text-g")].map((text) => {
+      const { left, top, height } = text.getBoundingClientRect();
+      const width = (clip(text) ?? text).getBoundingClientRect().width;
+      return { left, right: left + width, row: Math.round(top + height / 2), text: text.textContent };
+    }).sort((a, b) => a.row - b.row || a.left - b.left);
+    return boxes.filter((box, place) => place && boxes[place - 1].row === box.row && boxes[place - 1].right > box.left + 1)
+      .map((box) => `${plot.dataset.figure}: ${box.text}`);
+  });
+});
+const cellColours = () => [...new Set([...document.querySelectorAll(".heatmap-label text")].map((text) => getComputedStyle(text).fill))].sort();
+const tallPlots = (most) => [...document.querySelectorAll(".main-svg")].filter((plot) => plot.getBoundingClientRect().height > most).length;
 const widePlots = (most) => [...document.querySelectorAll(".main-svg")].filter((plot) => plot.getBoundingClientRect().width > most).length;

@@ -33,6 +33,7 @@ def test_a_figure_alone_has_title_source_axis_labels_and_white_ground(figure: Fi
     assert layout.title.subtitle.text == "mini-mixtral"
     assert layout.paper_bgcolor == layout.plot_bgcolor == "#ffffff"
     assert (layout.xaxis.title.text, layout.yaxis.title.text) == ("experts that may be named", "recall")
+    assert layout.xaxis.title.font.size == layout.font.size  # and no larger, as plotly makes it
     assert layout.showlegend
     assert layout.width == 500
     assert layout.height > figure.spec["layout"]["height"]

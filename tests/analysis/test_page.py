@@ -213,6 +213,7 @@ def test_text_stands_out_from_what_is_behind_it(page: "Page", mode: Literal["lig
     page.locator("#journey-grid .sheet canvas").first.press("ArrowDown")
     page.locator("#journey-view").select_option("right")
     seen, faint = check(page, f"faintText({CONTRAST})")
+    assert check(page, "cellColours()") == ["rgb(0, 0, 0)", "rgb(255, 255, 255)"]
     page.emulate_media(color_scheme="light")
     assert seen > 500
     assert faint == []
@@ -235,6 +236,34 @@ def test_a_window_of_400_pixels_shows_everything_without_scrolling_sideways(page
     page.set_viewport_size(wide)
 
 
+def test_numbers_of_an_axis_and_titles_of_panels_end_where_the_next_begin(
+    open_page: "OpenPage", make_run: Any, tmp_path: Path
+) -> None:
+    names = (HOSTILE_DATASET, "a-data-set-with-a-name-of-many-letters", "b", "c")
+    write_report(make_run(experts=32, layers=24, datasets=names), {}, tmp_path / "report.html", journeys=0)
+    page = open_page(tmp_path / "report.html", viewport={"width": 1400, "height": 900})
+    for width in (1400, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        page.evaluate("""new Promise((go) => {
+          const look = () => (drawnWidth === window.innerWidth ? go() : setTimeout(look, 20));
+          look();
+        })""")
+        draw_figures(page)
+        assert check(page, "overlapping()") == [], width
+        assert page.locator("#plot-usage .xtick").count() >= (32 if width == 1400 else 8)
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert check(page, "overlapping()") == []
+    assert check(page, "tallPlots(620)") == 0
+
+
+def test_a_column_of_a_table_has_the_same_decimals_throughout(page: "Page") -> None:
+    cells = page.evaluate("""() => {
+      const table = report.table(["a", "b", "c"], [["x", 1, 2], ["y", 0.25, 1e-9], [3, null, 7]]);
+      return [...table.querySelectorAll("tbody tr")].map((row) => [...row.children].map((cell) => cell.textContent));
+    }""")
+    assert cells == [["x", "1.00", "2"], ["y", "0.25", "1e-9"], ["3", "–", "7"]]
+
+
 def test_paper_shows_the_whole_sequence_in_light_colours_and_no_controls(page: "Page", tmp_path: Path) -> None:
     page.emulate_media(color_scheme="dark")
     page.locator("#journey-sequence").select_option("0")
@@ -249,6 +278,6 @@ def test_paper_shows_the_whole_sequence_in_light_colours_and_no_controls(page: "
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("nav.contents, .controls, .keys, #journey-grid").locator("visible=true").count() == 0
-    assert check(page, "widePlots(700)") == 0
+    assert check(page, "widePlots(700)") == check(page, "tallPlots(620)") == 0
     page.emulate_media(media="screen", color_scheme="light")
     page.evaluate("window.dispatchEvent(new Event('afterprint'))")

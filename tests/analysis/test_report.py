@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from analysis.page import SCRIPTS, embedded_json
+from analysis.page import SCRIPTS, embedded_json, tied
 from analysis.report import write_report
 from analysis.tokens import readable
 from groundwork.errors import ConfigurationError
@@ -154,7 +154,7 @@ def test_small_and_wide_models_without_predictors_say_what_to_run(make_run: Any,
     output = tmp_path / "report.html"
     numbers = write_report(make_run(**shape), {}, output)
     html = output.read_text("utf-8")
-    assert "expert-speculation train --shard_dir" in html
+    assert "expert-speculation train --shard_dir" in re.sub("</?span>", "", html)
     assert len(numbers["journeys"]) == shape["sequences"]
     assert "information" not in numbers["figures"]  # for want of data sets with enough sequences
     assert "with 8 sequences of each or more, to see how their usage differs" in html
@@ -193,6 +193,12 @@ def test_the_same_run_gives_the_same_file_but_for_the_time(dataset: TraceDataset
         write_report(dataset, {}, file, journeys=2, seed=5)
     first, second = (re.sub(r"Written [\d: UTC-]+ by", "", file.read_text("utf-8")) for file in files)
     assert first == second
+
+
+def test_no_line_ends_between_a_number_and_its_sign() -> None:
+    assert tied("of 12.5 % (q < 0.05; p = 0.1), 3 of 4 % signs") == (
+        "of 12.5\xa0% (q\xa0<\xa00.05; p\xa0=\xa00.1), 3 of 4\xa0% signs"
+    )
 
 
 def test_embedded_json_cannot_end_its_script() -> None:

@@ -31,6 +31,7 @@ def test_every_figure_is_explained_and_nothing_else(
     text = PAGE.read_text()
     explained = set(re.findall(r"`([a-z_]+)`", text))
     assert keys <= explained
+    assert set(numbers) <= explained
     figures = {
         each for each in explained if re.match("accuracy_|comparison_|calibration_|hit_|focus|token_class", each)
     }

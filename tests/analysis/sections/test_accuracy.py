@@ -107,6 +107,27 @@ def test_sentences_name_the_best_trained_predictor(evaluation: dict[str, Any]) -
         assert "oracle" in made[key].sentence, key
 
 
+def test_pairs_say_which_predictor_is_better_and_which_can_not_be_told_apart(evaluation: dict[str, Any]) -> None:
+    ends = {"better": (0.02, 0.01, 0.03), "worse": (-0.02, -0.03, -0.01), "no difference shown": (0.01, -0.01, 0.03)}
+    pairs = [
+        {"a": NAME, "b": word, "metric": "recall@2", "value": value, "low": low, "high": high}
+        for word, (value, low, high) in ends.items()
+    ]
+    turned = [{**pair, "a": pair["b"], "b": pair["a"]} for pair in pairs]
+    made = figures(accuracy.make([evaluation | {"differences": pairs + turned}]))["differences"]
+    assert [(row[1], row[-1]) for row in made.rows] == [(word, word) for word in ends]  # each pair once
+    assert "which 1 of the 3 fails to do" in made.sentence
+    assert made.title == "Paired differences in recall at 2"
+
+
+def test_a_data_set_of_one_sequence_is_said_to_have_no_interval(evaluation: dict[str, Any]) -> None:
+    single = copy.deepcopy(evaluation)
+    assert "has none" not in figures(accuracy.make([single]))["accuracy_by_dataset"].sentence
+    for scores in single["predictors"].values():
+        scores["by_dataset"]["code"]["sequences"] = 1
+    assert "A single sequence has none (code)." in figures(accuracy.make([single]))["accuracy_by_dataset"].sentence
+
+
 def test_without_an_evaluation_the_section_says_how_to_get_one() -> None:
     section = accuracy.make([])
     assert not section.figures

@@ -50,9 +50,17 @@ def test_a_run_beside_itself_agrees_fully_and_says_so(dataset: TraceDataset) -> 
     assert keys(made) == ALL
     assert not made.notices
     sentences = {figure.key: figure.sentence for figure in made.figures}
-    assert "100.0 % are chosen by both runs" in sentences["comparison_agreement"]
-    assert "divergence is 0 in every layer" in sentences["comparison_usage"]
-    assert "equally often" in sentences["comparison_experts"]
+    assert (
+        "100.0 % are chosen by both runs on the mean over layers, in every layer alike"
+        in (sentences["comparison_agreement"])
+    )
+    assert "share 100.0 % of the experts on each of them" in sentences["comparison_datasets"]
+    assert "here no weight differs" in sentences["comparison_weights"]
+    assert (
+        "On the same texts both runs use every expert exactly alike: the divergence is 0 in every layer"
+        in (sentences["comparison_usage"])
+    )
+    assert "equally often on the same texts" in sentences["comparison_experts"]
     assert all(row[2] == 100 for row in made.figures[0].rows if "apart" not in row[0])
     assert made.values["names"][0] != made.values["names"][1]
 
@@ -83,6 +91,7 @@ def test_a_changed_run_is_told_where_it_changed(
     facts = {name: (first, second, differ) for name, first, second, differ in made.values["facts"]}
     assert facts["quantisation"] == ("none", "nf4", True)
     assert not facts["precision: model, router"][2]
+    assert [run["num_tokens"] for run in made.numbers["comparison"]["runs"]] == [dataset.num_tokens, second.num_tokens]
     agreement = made.numbers["comparison"]["agreement"]
     assert agreement["sequences"] == 50
     assert agreement["by_layer"][2]["shared"]["value"] < 1 == agreement["by_layer"][0]["shared"]["value"]
