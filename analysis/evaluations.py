@@ -75,13 +75,13 @@ def in_order(evaluations: Sequence[Evaluation], spec: TraceSpec, names: Sequence
 
 
 @contextmanager
-def doubted(name: str = UNNAMED) -> Iterator[None]:
-    """Turn what a malformed evaluation raises into one sentence, which calls it by its name."""
+def doubted(name: str = UNNAMED, verb: str = "evaluate") -> Iterator[None]:
+    """Turn what a malformed result of `verb` raises into one sentence, which calls it by its name."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise ConfigurationError(
-            f"{name} is not what 'expert-speculation evaluate --json' writes ({type(error).__name__}: {error}); "
+            f"{name} is not what 'expert-speculation {verb} --json' writes ({type(error).__name__}: {error}); "
             "write it anew"
         ) from error
 

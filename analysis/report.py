@@ -21,11 +21,13 @@ from analysis.sections import (
     comparison,
     locality,
     overview,
+    prefetching,
     specialisation,
     token_classes,
     transitions,
     usage,
 )
+from analysis.simulations import checked
 from analysis.tokens import readable
 from groundwork import atomic
 from groundwork.errors import ConfigurationError
@@ -42,6 +44,8 @@ def write_report(
     *,
     evaluation: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     evaluation_names: Sequence[str] = (),
+    simulations: Sequence[Mapping[str, Any]] = (),
+    simulation_names: Sequence[str] = (),
     compared_with: TraceDataset | None = None,
     journeys: int = 24,
     figures_dir: Path | None = None,
@@ -51,12 +55,12 @@ def write_report(
     """Write the HTML report of a trace folder to `output` and return every number it shows, ready for JSON.
 
     `predictors` are asked for their guesses in `journeys` sequences; `evaluation` is the evaluation JSON, or several at
-    different horizons, and where it is None the accuracy section says how to get one; `evaluation_names`, one for each,
-    are what errors call them. A second run, `compared_with`,
-    is laid beside this one in a section of its own. With `figures_dir` every figure is also written there, as `svg`,
-    `png` or `pdf`. Raises ConfigurationError when the folder is no trace or lacks a column that a predictor requires,
-    when the evaluation is none or one of another model, `output` is a folder, or figures can not be drawn, which
-    `images.check_images` tells beforehand.
+    different horizons, and where it is None the accuracy section says how to get one; `simulations` are what `simulate`
+    returned, likewise, the first of them drawn and all of them compared; `evaluation_names` and `simulation_names`, one
+    for each, are what errors call them. A second run, `compared_with`, is laid beside this one in a section of its own.
+    With `figures_dir` every figure is also written there, as `svg`, `png` or `pdf`. Raises ConfigurationError when the
+    folder is no trace or lacks a column that a predictor requires, when an evaluation or simulation is none or one of
+    another model, `output` is a folder, or figures can not be drawn, which `images.check_images` tells beforehand.
     """
     check_output(output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +74,11 @@ def write_report(
     for each, name in zip(_several(evaluation), evaluation_names, strict=False):  # so that errors name the one
         accuracy.make([each], name)
         calibration.make([each], name)
+    simulated = checked(simulations, spec, simulation_names)
+    for each, name in zip(simulated, simulation_names, strict=False):
+        prefetching.make([each], name)
     predicted = [accuracy.make(evaluations), *([calibration.make(evaluations)] if evaluations else [])]
+    prefetched = prefetching.make(simulated)
     counts = RunCounts(dataset, seed=seed).read(dataset)
     chosen = choose_sequences(dataset.index, journeys, seed)
     horizon = int(evaluations[0]["horizon"]) if evaluations else 1
@@ -88,6 +96,7 @@ def write_report(
         locality.make(counts.locality, counts.stacks, counts.usage.share_LE()),
         token_classes.make(counts.token_classes),
         *predicted,
+        prefetched,
         *compared,
         token_journeys.make(travelled, list(predictors), spec),
     ]

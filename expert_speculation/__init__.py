@@ -27,6 +27,10 @@ _HOME = {
     "TrainSettings": "speculation.training.trainer",
     "train": "speculation.training.trainer",
     "evaluate": "speculation.evaluation",
+    "SimulateSettings": "prefetch.settings",
+    "simulate": "prefetch.simulate",
+    "hardware_profile": "groundwork.profiles.loading",
+    "model_profile": "groundwork.profiles.loading",
     "write_report": "analysis.report",
 }
 

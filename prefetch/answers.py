@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,8 @@ from prefetch.rows import Row
 from prefetch.simulation import Prefetcher, Simulation
 from prefetch.timing import Timing
 
+SAME = 1.005  # times as fast: what is not above it is no gain
+NOTHING_TO_FETCH = "So there is nothing to prefetch, and no predictor can change anything."
 WORTH_IT = 1.05  # times as fast as caching alone, the interval's lower end: less is called small
 
 
@@ -19,35 +21,55 @@ class Change:
 
     what: str
     times: float
+    possible: bool
+    """False for what only tells how far one could get: it needs to know the future."""
 
 
 def what_else(
-    simulation: Simulation, policy: str, prefetcher: Prefetcher | None, perfect: Prefetcher, oracle: Prefetcher
+    simulation: Simulation,
+    policy: str,
+    prefetcher: Prefetcher | None,
+    others: Sequence[Prefetcher],
+    perfect: Prefetcher,
+    oracle: Prefetcher,
 ) -> list[Change]:
-    """Simulate other ways to be faster than this policy with this prefetcher; the best comes first."""
+    """Simulate other ways to be faster than this policy with this prefetcher; the best comes first.
+
+    `others` are the same prefetcher at other horizons.
+    """
     shape = simulation.workload.shape
     everything = shape.num_layers * shape.num_experts
     now = simulation.run(policy, prefetcher).tokens_per_s
-    doubled = simulation.changed(capacity=min(everything, 2 * simulation.capacity))
-    layers = "one layer" if perfect.horizon == 1 else f"{perfect.horizon} layers"
+    doubled, ram = simulation.changed(capacity=min(everything, 2 * simulation.capacity)), simulation.ram_experts
+    smaller = doubled.changed(timing=halved(simulation.timing), ram_experts=None if ram is None else 2 * ram)
     ways: dict[str, float] = {
         "a link twice as fast": _speed(simulation.changed(timing=simulation.timing.with_link(2)), policy, prefetcher),
-        "experts of half the bytes": _speed(doubled.changed(timing=halved(simulation.timing)), policy, prefetcher),
+        "experts of half the bytes": _speed(smaller, policy, prefetcher),
+    }
+    limits: dict[str, float] = {
         "the best possible eviction (belady)": _speed(simulation, "belady", prefetcher),
-        f"perfect predictions {layers} ahead": _speed(simulation, policy, perfect),
-        "perfect foresight of a whole token, with the best possible eviction": _speed(simulation, "belady", oracle),
+        f"perfect predictions {_layers(perfect.horizon)} ahead": _speed(simulation, policy, perfect),
+        "perfect foresight of a whole token with that eviction": _speed(simulation, "belady", oracle),
     }
     if doubled.capacity > simulation.capacity:
         ways["room for twice as many experts" if doubled.capacity < everything else "room for all experts"] = _speed(
             doubled, policy, prefetcher
         )
+    if ram is not None:
+        ways["RAM for all experts"] = _speed(simulation.changed(ram_experts=None), policy, prefetcher)
+    ways |= {f"predictions {_layers(each.horizon)} ahead": _speed(simulation, policy, each) for each in others}
     if prefetcher is not None and prefetcher.predict_ns:
         ways["predictions that take no time"] = _speed(simulation, policy, replace(prefetcher, predict_ns=0))
-    return sorted((Change(what, speed / now) for what, speed in ways.items()), key=lambda each: -each.times)
+    found = [
+        Change(what, speed / now, possible)
+        for each, possible in ((ways, True), (limits, False))
+        for what, speed in each.items()
+    ]
+    return sorted(found, key=lambda each: -each.times)
 
 
 def halved(timing: Timing) -> Timing:
-    """Return the same with experts of half the bytes, at the same latency of a transfer."""
+    """Return the same with experts of half the bytes, which take half as long to move and to run."""
     return replace(
         timing,
         expert_bytes=timing.expert_bytes // 2,
@@ -68,7 +90,7 @@ def sentences(
     """
     return [
         _limits(simulation, caching),
-        _predictor(caching, predicted, perfect, recall),
+        _predictor(caching, predicted, perfect, recall) if caching.outcome.totals["demanded"] else NOTHING_TO_FETCH,
         _more(changes, "this" if predicted is None else f"prefetching with {predicted.prefetcher}"),
     ]
 
@@ -116,13 +138,22 @@ def _predictor(caching: Row, predicted: Row | None, perfect: Row, recall: Mappin
 
 
 def _more(changes: list[Change], now: str) -> str:
-    better = [each for each in changes if each.times > 1.005]
+    better = [each for each in changes if each.times > SAME]
     if not better:
         return "Nothing that was tried would change more: neither memory nor link, eviction nor prediction."
-    listed = "; ".join(f"{each.what}: {each.times:.2f} times" for each in better[:4])
-    least = [each for each in changes if each.times <= 1.005]
-    rest = f"; no gain from {', '.join(each.what for each in least)}" if least else ""
-    return f"What would change more than {now}, in times its tokens per second: {listed}{rest}."
+    ways, limits = ([each for each in better if each.possible is possible] for possible in (True, False))
+    listed = [f"{each.what} {each.times:.2f}" for each in ways]
+    useless = [each.what for each in changes if each.possible and each.times <= SAME]
+    return (
+        f"What would change more than {now}, in times its tokens per second: {', '.join(listed) or 'nothing'}"
+        + (f"; no gain from {', '.join(useless)}" if useless else "")
+        + (f"; at the limit, {', '.join(f'{each.what} {each.times:.2f}' for each in limits)}" if limits else "")
+        + "."
+    )
+
+
+def _layers(count: int) -> str:
+    return "one layer" if count == 1 else f"{count} layers"
 
 
 def _speed(simulation: Simulation, policy: str, prefetcher: Prefetcher | None) -> float:
@@ -130,4 +161,4 @@ def _speed(simulation: Simulation, policy: str, prefetcher: Prefetcher | None) -
 
 
 def as_json(changes: list[Change]) -> list[dict[str, Any]]:
-    return [{"what": each.what, "times_as_fast": each.times} for each in changes]
+    return [{"what": each.what, "times_as_fast": each.times, "possible": each.possible} for each in changes]

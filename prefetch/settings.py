@@ -10,6 +10,7 @@ from prefetch.simulation import POLICIES
 
 LAYOUTS = ("pooled", "per_layer")
 SWEEP_TOKENS = 4096
+MOST_US = 1_000_000_000  # of a prediction, so that a run's nanoseconds stay within 64 bits
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class SimulateSettings:
 
     `cache_experts` counts experts over all layers, or is a share of them such as "25%"; None is what the hardware has
     room for. `ram_experts` likewise, for RAM. `policies` is empty where the program chooses. `budget` guesses of each
-    sequence are prefetched, K where that is None, as long as they are at least `threshold` likely. `prediction_us` is
-    what a prediction costs: microseconds, "measure", or None for what is documented of a predictor.
+    sequence are prefetched, K where that is None, as far as they are at least `threshold` likely: by default, more
+    likely than not. `prediction_us` is what a prediction costs: microseconds, "measure", or None for what is documented
+    of a predictor.
     """
 
     split: str = "test"
@@ -30,7 +32,7 @@ class SimulateSettings:
     policies: tuple[str, ...] = ()
     horizon: int = 1
     budget: int | None = None
-    threshold: float = 0.0
+    threshold: float = 0.5
     batch_size: int = 1
     prediction_us: str | None = None
     sweep_tokens: int = SWEEP_TOKENS
@@ -64,9 +66,10 @@ class SimulateSettings:
             value = float(str(self.prediction_us))
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= value <= MOST_US:
             raise ConfigurationError(
-                f"--prediction_us {self.prediction_us}: give microseconds per prediction, 0 or more, or 'measure'"
+                f"--prediction_us {self.prediction_us}: give microseconds per prediction, 0 to {MOST_US:,}, "
+                "or 'measure'"
             )
         return round(value * 1000)
 

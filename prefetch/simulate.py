@@ -17,7 +17,8 @@ from prefetch.settings import SimulateSettings, experts_counted
 from prefetch.simulation import POLICIES, Prefetcher, Simulation, usage_rates
 from prefetch.sweep import sweep
 from prefetch.timing import Timing
-from prefetch.workload import Workload, read_workload
+from prefetch.workload import read_workload
+from speculation.counted import RoutingCounts
 from speculation.evaluation import training_counts
 from speculation.predictor import MAX_HORIZON, Predictor
 from traces.reader import TraceDataset
@@ -41,8 +42,8 @@ def simulate(
     """
     _check(dataset, predictors, model, settings)
     notes: list[str] = []
-    timing = Timing.of(model, hardware, settings.precision, settings.batch_size)
-    counts = training_counts(dataset, predictors, settings.split, notes)
+    timing = Timing.of(model, hardware, settings.precision, min(settings.batch_size, dataset.num_sequences))
+    counts = _counts(dataset, predictors, settings.split, notes)
     workload = read_workload(dataset, settings.split, only)
     if not workload.decoded:
         notes.append("these traces hold prompts; their tokens are simulated as if they had been decoded one by one")
@@ -55,19 +56,30 @@ def simulate(
         settings.cache_layout == "pooled",
         _ram_experts(settings, model, hardware, timing),
     )
-    prefetchers = _prefetchers(dataset, predictors, workload, settings, only)
+
+    def ask(predictor: Predictor, horizon: int) -> Prefetcher:
+        guesses = predictor_guesses(dataset, settings.split, only, predictor, horizon, model.num_experts)
+        cost_ns = _cost_ns(predictor, dataset, settings)
+        return Prefetcher(guesses, horizon, settings.budget or model.top_k, settings.threshold, cost_ns)
+
+    known = perfect_guesses(workload)
+    prefetchers = {name: ask(predictor, settings.horizon) for name, predictor in predictors.items()}
+    prefetchers["perfect"] = Prefetcher(known, settings.horizon, model.top_k)
+    prefetchers["oracle"] = Prefetcher(known, model.moe_layers, model.top_k)
     rows = _rows(simulation, prefetchers, list(predictors), settings)
     caching, predicted, perfect = _best_caching(rows), _best(rows, predictors), _best(rows, ["perfect"])
     assert perfect is not None
-    budget = _budget(settings, model)
-    recall = {
-        name: each.guesses.recall(workload.expert_ids_TLK, budget)
-        for name, each in prefetchers.items()
-        if name != "oracle"
-    }
+    recall = {name: each.guesses.recall(workload.expert_ids_TLK, each.budget) for name, each in prefetchers.items()}
     now = caching if predicted is None else predicted
     changes = what_else(
-        simulation, now.policy, prefetchers.get(now.prefetcher), prefetchers["perfect"], prefetchers["oracle"]
+        simulation,
+        now.policy,
+        prefetchers.get(now.prefetcher),
+        []
+        if predicted is None
+        else [ask(predictors[predicted.prefetcher], h) for h in _other_horizons(settings, model)],
+        prefetchers["perfect"],
+        prefetchers["oracle"],
     )
     return {
         "format_version": FORMAT_VERSION,
@@ -81,7 +93,7 @@ def simulate(
         "model_profile": asdict(model),
         "machine": _machine(simulation, settings, model, timing),
         "prefetchers": {
-            name: {"horizon": each.horizon, "budget": each.budget, "recall": recall.get(name, 1.0),
+            name: {"horizon": each.horizon, "budget": each.budget, "recall": recall[name],
                    "prediction_us": each.predict_ns / 1000}
             for name, each in prefetchers.items()
         },
@@ -143,6 +155,25 @@ def _check(
         predictor.check_columns(dataset, origin)
 
 
+def _counts(
+    dataset: TraceDataset, predictors: Mapping[str, Predictor], split: str, notes: list[str]
+) -> RoutingCounts | None:
+    """Return how often experts are used in training, as far as that is known; adds to `notes` where it is less."""
+    said: list[str] = []
+    counts = training_counts(dataset, predictors, split, said)
+    if counts is None:
+        notes.append(
+            "which experts are used most is not known without the sequences simulated, so the cache starts empty and "
+            "policy static is left out; a predictor folder with counts would tell"
+        )
+    elif said:
+        notes.append(
+            "the cache starts with the experts used most where a predictor given was trained, not in the whole train "
+            "split"
+        )
+    return counts
+
+
 def _capacity(settings: SimulateSettings, model: ModelProfile, hardware: HardwareProfile, timing: Timing) -> int:
     everything = model.moe_layers * model.num_experts
     if settings.cache_experts is not None:
@@ -169,33 +200,17 @@ def _ram_experts(
     return None if held >= everything else held
 
 
-def _budget(settings: SimulateSettings, model: ModelProfile) -> int:
-    return model.top_k if settings.budget is None else settings.budget
+def _cost_ns(predictor: Predictor, dataset: TraceDataset, settings: SimulateSettings) -> int:
+    """Return what one prediction costs, as given, documented or measured."""
+    given_ns = settings.prediction_ns()
+    if given_ns is not None:
+        return given_ns
+    measure = settings.prediction_us == "measure"
+    return round(1000 * prediction_us(predictor, dataset, settings.split, settings.horizon, measure=measure))
 
 
-def _prefetchers(
-    dataset: TraceDataset,
-    predictors: Mapping[str, Predictor],
-    workload: Workload,
-    settings: SimulateSettings,
-    only: Collection[str],
-) -> dict[str, Prefetcher]:
-    """Return every predictor given, perfect guesses at the same horizon, and of a whole token ahead."""
-    shape = workload.shape
-    budget = settings.budget or shape.top_k
-    found: dict[str, Prefetcher] = {}
-    for name, predictor in predictors.items():
-        guesses = predictor_guesses(dataset, settings.split, only, predictor, settings.horizon, shape.num_experts)
-        cost_ns = settings.prediction_ns()
-        if cost_ns is None:
-            measure = settings.prediction_us == "measure"
-            cost_ns = round(1000 * prediction_us(predictor, dataset, settings.split, settings.horizon, measure=measure))
-        found[name] = Prefetcher(guesses, settings.horizon, budget, settings.threshold, cost_ns)
-    known = perfect_guesses(workload)
-    return found | {
-        "perfect": Prefetcher(known, settings.horizon, shape.top_k),
-        "oracle": Prefetcher(known, shape.num_layers, shape.top_k),
-    }
+def _other_horizons(settings: SimulateSettings, model: ModelProfile) -> list[int]:
+    return [h for h in range(1, min(MAX_HORIZON, model.moe_layers - 1) + 1) if h != settings.horizon]
 
 
 def _rows(
@@ -231,14 +246,19 @@ def _best_caching(rows: list[Row]) -> Row:
     """Return the fastest row without prefetching, among policies that need neither a predictor nor the future."""
     alone = [row for row in rows if row.prefetcher == "none"]
     plain = [row for row in alone if row.policy not in ("guided", FOREKNOWING)]
-    return max(plain or alone, key=lambda row: row.tokens_per_s)
+    return max(plain or alone, key=_merit)
 
 
 def _best(rows: list[Row], names: Collection[str]) -> Row | None:
     """Return the fastest row of these prefetchers, under a policy that a machine can have where there is one."""
     own = [row for row in rows if row.prefetcher in names]
     real = [row for row in own if row.policy != FOREKNOWING]
-    return max(real or own, key=lambda row: row.tokens_per_s, default=None)
+    return max(real or own, key=_merit, default=None)
+
+
+def _merit(row: Row) -> tuple[float, bool, bool]:
+    """Where rows are equally fast, as where nothing is fetched, take the policy that does best where they are not."""
+    return row.tokens_per_s, row.policy == "guided", row.policy == "lfu_aged"
 
 
 def _machine(simulation: Simulation, settings: SimulateSettings, model: ModelProfile, timing: Timing) -> dict[str, Any]:
@@ -273,7 +293,7 @@ def _sweep(
     contestants: dict[str, tuple[str, Prefetcher | None]] = {}
     for row in best:
         if row is not None:
-            with_it = prefetchers.get(row.prefetcher)
+            with_it = prefetchers.get(row.prefetcher, _alone(prefetchers, predictors, row.policy))
             part_of_it = None if with_it is None else replace(with_it, guesses=with_it.guesses.of(kept_T))
             contestants[row.prefetcher] = row.policy, part_of_it
     name = best[1].prefetcher if best[1] else "perfect"

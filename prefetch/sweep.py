@@ -65,8 +65,8 @@ def break_even(
 ) -> dict[str, Any]:
     """Return the least recall that is as fast as `without` tokens per second, and which case it is.
 
-    `pays` is `always` where blind guesses cost nothing (then recall is that of blind ones), `never` where even perfect
-    ones do not help (then recall is None), else `above` that recall.
+    `pays` is `never` where even perfect guesses are no faster (then recall is None), `always` where blind ones cost
+    nothing (then recall is theirs), else `above` that recall.
     """
     policy, prefetcher = graded
 
@@ -74,11 +74,11 @@ def break_even(
         guesses, recall = source.of_share(share)
         return simulation.run(policy, replace(prefetcher, guesses=guesses)).tokens_per_s, recall
 
+    if speed(1.0)[0] <= without:
+        return {"pays": "never", "recall": None}
     blind, blind_recall = speed(0.0)
     if blind >= without:
         return {"pays": "always", "recall": blind_recall}
-    if speed(1.0)[0] <= without:
-        return {"pays": "never", "recall": None}
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

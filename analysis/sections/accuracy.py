@@ -54,7 +54,7 @@ def _section(evaluations: Sequence[Evaluation]) -> Section:
         values={
             "horizon": horizon,
             "top_k": int(evaluation["top_k"]),
-            "notes": [readable(str(note)) for note in evaluation.get("notes", [])],
+            "notes": [readable(str(note), None) for note in evaluation.get("notes", [])],
             "scores": score_table(evaluation),
         },
         numbers={"evaluation": evaluation, "further_evaluations": list(evaluations[1:])},

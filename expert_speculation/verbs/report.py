@@ -39,6 +39,13 @@ FORMATS = ("svg", "png", "pdf")
     multiple=True,
     help="Layers ahead of the evaluation made here, 1 when not given; repeat for several.",
 )
+@click.option(
+    "--simulation",
+    "simulation_files",
+    type=PATH,
+    multiple=True,
+    help="What `simulate --json` wrote, to show what prefetching buys; repeat to compare machines.",
+)
 @click.option("--output", type=PATH, required=True, help="HTML file to write.")
 @click.option(
     "--journeys", type=click.IntRange(min=0), default=24, help="Sequences whose tokens can be followed, up to 512 each."
@@ -57,6 +64,7 @@ def report(
     predictor_dirs: tuple[Path, ...],
     evaluation_files: tuple[Path, ...],
     horizons: tuple[int, ...],
+    simulation_files: tuple[Path, ...],
     output: Path,
     journeys: int,
     figures_dir: Path | None,
@@ -64,7 +72,7 @@ def report(
     seed: int,
     json_file: Path | None,
 ) -> None:
-    """Write one HTML file: usage, transitions, accuracy with intervals, token journeys.
+    """Write one HTML file: usage, transitions, accuracy with intervals, what prefetching buys, token journeys.
 
     With two --shard_dir a section compares the runs: usage of the experts, and where the texts are the same, agreement
     of the routed experts. All other sections describe the first run; predictors are scored on it and journeys are its
@@ -89,13 +97,18 @@ def report(
         check_images(figures_dir)
     runs = [TraceDataset(shard_dir) for shard_dir in shard_dirs]
     predictors = load_predictors(predictor_dirs)
-    evaluations = [_read(file) for file in evaluation_files] or _made(runs[0], predictors, horizons, seed)
+    simulations = [_read("simulation", file, "simulate") for file in simulation_files]
+    evaluations = [_read("evaluation", file, "evaluate") for file in evaluation_files] or _made(
+        runs[0], predictors, horizons, seed
+    )
     numbers = write_report(
         runs[0],
         predictors,
         output,
         evaluation=evaluations,
         evaluation_names=[f"--evaluation {file}" for file in evaluation_files],
+        simulations=simulations,
+        simulation_names=[f"--simulation {file}" for file in simulation_files],
         compared_with=runs[1] if len(runs) == 2 else None,
         journeys=journeys,
         figures_dir=figures_dir,
@@ -106,15 +119,15 @@ def report(
     write_results(json_file, numbers)
 
 
-def _read(file: Path) -> Any:
-    """Return what an evaluation file holds, whatever it is; raises ConfigurationError where it is not JSON."""
+def _read(option: str, file: Path, verb: str) -> Any:
+    """Return what a file that the verb wrote holds, whatever it is; raises ConfigurationError where it is not JSON."""
     from groundwork.errors import ConfigurationError
 
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"--evaluation {file}: {error}; write it with 'expert-speculation evaluate --json'"
+            f"--{option} {file}: {error}; write it with 'expert-speculation {verb} --json'"
         ) from None
 
 

@@ -1,5 +1,6 @@
 """A small trace folder whose data sets prefer different experts, with token text that tries to break out of a page."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from groundwork.profiles.loading import hardware_profile
+from groundwork.profiles.model import ModelProfile
+from prefetch.settings import SimulateSettings
+from prefetch.simulate import simulate
 from speculation.evaluation import evaluate
 from speculation.predictor import Predictor, create
 from traces.plan import PlannedShard
@@ -32,6 +37,7 @@ HOSTILE = (
 )
 HOSTILE_DATASET = "<a href='https://example.com'>prose</a>"
 HOSTILE_MODEL = "tiny</title><b>mixtral"
+HOSTILE_MACHINE = "a <img src=x onerror=document.documentElement.dataset.hacked=7> machine"
 
 MakeRun = Callable[..., Path]
 
@@ -148,3 +154,18 @@ def predictors(dataset: TraceDataset) -> dict[str, Predictor]:
 @pytest.fixture(scope="session")
 def evaluation(dataset: TraceDataset, predictors: dict[str, Predictor]) -> dict[str, Any]:
     return evaluate(dataset, {"markov@<b>mine": predictors["markov"]}, bootstrap=50)
+
+
+@pytest.fixture(scope="session")
+def simulation(dataset: TraceDataset, predictors: dict[str, Predictor]) -> dict[str, Any]:
+    """What `simulate` says of a laptop that holds half of the experts, as it comes back from its file."""
+    spec = dataset.spec
+    model = ModelProfile(
+        "tiny", "made up", spec.num_layers, spec.num_experts, spec.top_k, expert_parameters=6_600_000,
+        layer_parameters=1_000_000, other_parameters=2_000_000, embedding_parameters=1_000_000,
+        precisions={"bf16": 2.0}, default_precision="bf16",
+    )  # fmt: skip
+    settings = SimulateSettings(cache_experts="50%", prediction_us="20", sweep_tokens=60, bootstrap=50)
+    machine = replace(hardware_profile("laptop"), name=HOSTILE_MACHINE)
+    result = simulate(dataset, {"markov@<b>mine": predictors["markov"]}, model, machine, settings)
+    return dict(json.loads(json.dumps(result)))

@@ -44,14 +44,23 @@ def report_file(
     dataset: TraceDataset,
     predictors: dict[str, Predictor],
     evaluation: dict[str, Any],
+    simulation: dict[str, Any],
     make_run: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A report of everything: predictors, two horizons, and a second run of the same texts."""
+    """A report of everything: predictors, two horizons, two simulations, and a second run of the same texts."""
     output = tmp_path_factory.mktemp("page") / "report.html"
     further = evaluate(dataset, {"markov@<b>mine": predictors["markov"]}, horizon=2, bootstrap=50)
     other = TraceDataset(make_run(model="the other", experts=16))
-    write_report(dataset, predictors, output, evaluation=[evaluation, further], compared_with=other, journeys=6)
+    write_report(
+        dataset,
+        predictors,
+        output,
+        evaluation=[evaluation, further],
+        simulations=[simulation, simulation],
+        compared_with=other,
+        journeys=6,
+    )
     return output
 
 
@@ -63,7 +72,9 @@ def page(open_page_once: "OpenPage", report_file: Path) -> "Page":
 
 def test_every_control_works_without_an_error(page: "Page") -> None:
     sections = page.locator("nav.contents a").all()
-    assert {"#accuracy", "#comparison", "#journeys"} <= {link.get_attribute("href") for link in sections}
+    assert {"#accuracy", "#prefetching", "#comparison", "#journeys"} <= {
+        link.get_attribute("href") for link in sections
+    }
     for link in sections:
         link.click()
     details = page.locator("main details").all()

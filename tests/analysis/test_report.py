@@ -130,7 +130,7 @@ def test_every_figure_is_a_valid_plotly_figure_with_a_table(written: tuple[str, 
     sections = written[1]["sections"]
     assert list(sections) == [
         *("overview", "usage", "specialisation", "coactivation", "transitions", "locality", "token_classes"),
-        *("accuracy", "calibration", "journeys"),
+        *("accuracy", "calibration", "prefetching", "journeys"),
     ]
     shown = [key for section in sections.values() for key in section["figures"]]
     assert len(shown) == len(set(shown))

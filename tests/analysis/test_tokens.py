@@ -17,6 +17,7 @@ def test_control_bidi_and_zero_width_characters_are_spelled_out() -> None:
 def test_piles_of_combining_marks_are_cut_and_long_tokens_end_in_an_ellipsis() -> None:
     assert readable("e" + "\u0301" * 5) == "e" + "\u0301" * 3 + "⟨301⟩" * 2
     assert readable("x" * 500) == "x" * MAX_CHARACTERS + "…"
+    assert readable("x" * 500, None) == "x" * 500
 
 
 @given(st.text(max_size=40))
