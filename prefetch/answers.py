@@ -10,6 +10,7 @@ from prefetch.rows import Row
 from prefetch.simulation import Prefetcher, Simulation
 from prefetch.timing import Timing
 
+MANY = 0.1  # of the predictions: fewer that come too late are not worth a word
 SAME = 1.005  # times as fast: what is not above it is no gain
 NOTHING_TO_FETCH = "So there is nothing to prefetch, and no predictor can change anything."
 WORTH_IT = 1.05  # times as fast as caching alone, the interval's lower end: less is called small
@@ -131,9 +132,12 @@ def _predictor(caching: Row, predicted: Row | None, perfect: Row, recall: Mappin
         else "not worth it" if gain["high"] >= 1
         else "it does harm"
     )  # fmt: skip
+    totals = predicted.outcome.totals
+    skipped = totals["skipped"] / max(1, totals["skipped"] + totals["predicted"])
+    late = f", for {skipped:.0%} of its predictions come too late" if skipped > MANY else ""
     return (
         f"Prefetching with {predicted.prefetcher} (recall {recall[predicted.prefetcher]:.3f}, {predicted.policy}) is "
-        f"{spoken}: {verdict}; perfect predictions as far ahead would be {best:.2f} times as fast."
+        f"{spoken}: {verdict}{late}; perfect predictions as far ahead would be {best:.2f} times as fast."
     )
 
 
