@@ -45,7 +45,7 @@ from moe.routers import find_routers
 
 STEPS = {
     "forward pass": ("modeling_", "forward"),
-    "hooks on the routers": ("resident.py", "hook"),
+    "hooks on the routers": ("watching.py", "hook"),
     "sorting and copying routing": ("passes.py", "gather_passes"),
     "cutting into sequences": ("writing.py", "_cut"),
     "token strings": ("tokens.py", "strings"),

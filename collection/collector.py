@@ -5,27 +5,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from collection.batching import PRESETS, SMALLEST_PRESET
-from collection.hidden import HiddenSample
-from collection.plan import Layout, lay_out_again, make_plan, make_spec, model_identity
+from collection.executing import EXECUTIONS
+from collection.plan import lay_out_again, make_plan, make_spec, model_identity
 from collection.preparation import prepare, shortfall
-from collection.probing import fitting_batch_tokens
-from collection.running import BatchRunner
 from collection.settings import CollectSettings
 from collection.tokens import TokenText
-from collection.tracing import trace_shards
-from groundwork.errors import ConfigurationError
 from groundwork.hardware import describe_device
 from groundwork.progress import log
-from moe.load import LoadedModel, load_model
-from moe.resident import ResidentTracer
-from moe.routers import find_routers
 from traces.card import write_card
 from traces.plan import estimated_bytes_per_token
 from traces.run_folder import begin, check_free_space, writing
-from traces.schema import HIDDEN
 
 __all__ = ["CollectResult", "CollectSettings", "collect", "dry_run"]
 
@@ -63,39 +53,18 @@ def collect(settings: CollectSettings) -> CollectResult:
     prepared = prepare(settings)
     settings, layout, run_dir = prepared.settings, prepared.layout, prepared.run_dir
     with writing(run_dir):
-        loaded = load_model(
-            settings.model,
-            device=settings.device,
-            dtype=settings.dtype,
-            quantization=settings.quantization,
-            attn_implementation=settings.attn_implementation,
-            experts_implementation=settings.experts_implementation,
-            language_model=settings.generate > 0,
-        )
-        _check_tokens(loaded, layout)
-        routers = find_routers(loaded.model)
-        spec = make_spec(loaded, routers, settings)
-        identity = prepared.identity | model_identity(loaded, spec)
-        columns = tuple(name for name in spec.store if name != HIDDEN)
-        hidden = (
-            HiddenSample(layout.num_tokens_S, settings.sample_hidden, settings.seed) if HIDDEN in spec.store else None
-        )
-        with ResidentTracer(loaded.model, routers, columns, spec.horizons, settings.lookahead_norm) as tracer:
-            runner = BatchRunner(
-                tracer,
-                new_tokens=settings.generate,
-                temperature=settings.temperature,
-                seed=settings.seed,
-                hidden=hidden,
-            )
+        with EXECUTIONS[settings.execution](settings, layout) as execution:
+            loaded = execution.loaded
+            spec = make_spec(loaded, execution.routers, settings)
+            identity = prepared.identity | model_identity(loaded, execution.weights, spec)
             if settings.batch_size == "auto":
-                settings = replace(settings, batch_size=None, batch_tokens=fitting_batch_tokens(runner, layout))
+                settings = replace(settings, batch_size=None, batch_tokens=execution.fitting_batch_tokens(layout))
                 layout = lay_out_again(layout, spec, settings)
                 identity |= {"batch_size": None, "batch_tokens": settings.batch_tokens}
             plan = make_plan(layout, prepared.draws, spec, identity)
             check_free_space(run_dir, plan)
             plan, finished = begin(run_dir, plan, resume=settings.resume)
-            trace_shards(run_dir, plan, layout, finished, runner, TokenText(loaded.tokenizer))
+            execution.write_shards(run_dir, plan, layout, finished, TokenText(loaded.tokenizer))
         write_card(run_dir)
     result = CollectResult(
         run_dir=run_dir,
@@ -144,15 +113,3 @@ def dry_run(settings: CollectSettings) -> dict[str, Any]:
         "bytes": round(tokens * estimated_bytes_per_token(spec)),
         "shortfall": shortfall(prepared.draws),
     }
-
-
-def _check_tokens(loaded: LoadedModel, layout: Layout) -> None:
-    """Raise ConfigurationError where the tokenizer gives ids that the model does not know."""
-    highest = max(int(sequence.token_ids_T.max()) for sequence in layout.sequences)
-    embeddings: torch.Tensor = loaded.model.get_input_embeddings().weight  # type: ignore[assignment]
-    known = embeddings.shape[0]
-    if highest >= known:
-        raise ConfigurationError(
-            f"{loaded.name}: its tokenizer gives token id {highest}, but the model knows {known}; put the model's own "
-            "tokenizer files into its folder"
-        )

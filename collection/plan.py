@@ -86,13 +86,13 @@ def _batches(
     ]
 
 
-def model_identity(loaded: LoadedModel, spec: TraceSpec) -> dict[str, Any]:
-    """Return what a resumed run must share of the loaded model; before its first pass, which may rearrange weights."""
+def model_identity(loaded: LoadedModel, weights: str, spec: TraceSpec) -> dict[str, Any]:
+    """Return what a resumed run must share of the loaded model, whose weights have the digest `weights`."""
     return {
         "model": spec.model_name,
         "model_revision": spec.model_revision,
         "model_config": _config_digest(loaded.config),
-        "model_weights": weights_digest(loaded.model),
+        "model_weights": weights,
         "tokenizer": spec.tokenizer_hash,
         "quantization": spec.quantization,
         "dtype": spec.model_dtype,
@@ -108,7 +108,8 @@ def make_plan(layout: Layout, draws: list[Draw], spec: TraceSpec, identity: dict
     rows = hashlib.blake2b(digest_size=16)
     for column in ("source_row", "num_tokens", "shard", "batch"):
         rows.update(table[column].to_numpy().tobytes())
-    digest = fingerprint({**identity, "layout": rows.hexdigest()})
+    # Executions give equal results, so a run may be continued in another one; the word stands for all of them.
+    digest = fingerprint({**identity, "execution": "resident", "layout": rows.hexdigest()})
     return Plan(
         fingerprint=digest,
         spec=replace(spec, plan_fingerprint=digest),
@@ -147,23 +148,44 @@ def make_spec(loaded: LoadedModel, layout: RouterLayout, settings: CollectSettin
     )
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Return a digest of every bit of every parameter and buffer, of quantisation scales too; equal on all devices.
+class WeightsDigest:
+    """A digest of every bit of every parameter and buffer, of quantisation scales too; equal on all devices.
 
     Each MiB is reduced to 64 bits where it lies, at about the speed of memory, so 90 GB take seconds and nothing is
     read from disk again: words are mixed, multiplied by fixed random odd numbers and summed modulo 2**64. Any single
     changed value shows for certain; several escape only where they happen to cancel out. No protection from forgery.
+    A model may be added in parts; a forward pass may rearrange weights, so they are added before the first.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    generator = np.random.default_rng(0)
-    factors = torch.from_numpy(generator.integers(-(2**63), 2**63, _WORDS) | 1)
-    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()], key=lambda item: item[0]):
-        state = getattr(tensor, "quant_state", None)  # of 4-bit weights; SCB: the scales of 8-bit ones
-        scales = [getattr(state, "absmax", None), getattr(getattr(state, "state2", None), "absmax", None)]
-        scales.append(getattr(tensor, "SCB", None))
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for part in (tensor, *(each for each in scales if each is not None)):
-            digest.update(_checksums(part.detach(), factors.to(part.device)))
+
+    def __init__(self) -> None:
+        generator = np.random.default_rng(0)
+        self._factors = torch.from_numpy(generator.integers(-(2**63), 2**63, _WORDS) | 1)
+        self._parts: dict[str, bytes] = {}
+
+    def add(self, model: torch.nn.Module, prefix: str = "") -> None:
+        """Take in what of `model`, of which all names begin so, is not on the meta device."""
+        for name, tensor in [*model.named_parameters(prefix), *model.named_buffers(prefix)]:
+            if tensor.is_meta:
+                continue
+            state = getattr(tensor, "quant_state", None)  # of 4-bit weights; SCB: the scales of 8-bit ones
+            scales = [getattr(state, "absmax", None), getattr(getattr(state, "state2", None), "absmax", None)]
+            scales.append(getattr(tensor, "SCB", None))
+            parts = [tensor, *(each for each in scales if each is not None)]
+            sums = [_checksums(part.detach(), self._factors.to(part.device)) for part in parts]
+            self._parts[name] = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + b"".join(sums)
+
+    def hexdigest(self) -> str:
+        """Return the digest of all that was added."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._parts):
+            digest.update(self._parts[name])
+        return digest.hexdigest()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """Return the digest of a whole model."""
+    digest = WeightsDigest()
+    digest.add(model)
     return digest.hexdigest()
 
 

@@ -70,7 +70,7 @@ def prepare(settings: CollectSettings) -> Prepared:
     )
     identity = _identity(settings, model, device, sources)
     if saved:
-        refuse_changes(run_dir, saved, identity)
+        refuse_changes(run_dir, saved, {name: value for name, value in identity.items() if name != "execution"})
     loading = foresee_loading(
         settings.model,
         device=settings.device,
@@ -78,6 +78,7 @@ def prepare(settings: CollectSettings) -> Prepared:
         quantization=settings.quantization,
         attn_implementation=settings.attn_implementation,
         experts_implementation=settings.experts_implementation,
+        streamed=settings.execution == "streamed",
     )
     draws = draw(sources, load_tokenizer(settings.model), settings)
     if not any(each.sequences for each in draws):
@@ -113,6 +114,10 @@ def _say_what_has_no_effect(settings: CollectSettings, run_dir: Path, saved: Pla
         log(f"--temperature {settings.temperature:g} has no effect without --generate")
     if settings.lookahead_norm != CollectSettings.lookahead_norm and not settings.horizons:
         log(f"--lookahead_norm {settings.lookahead_norm} has no effect without --lookahead")
+    if settings.execution != "streamed":
+        for name in ("pass_tokens", "memory_budget_gb"):
+            if getattr(settings, name) != getattr(CollectSettings, name):
+                log(f"--{name} {getattr(settings, name):g} has no effect without --execution streamed")
 
 
 def _refuse_other_texts(run_dir: Path, saved: Plan, digests: dict[str, str]) -> None:

@@ -42,10 +42,7 @@ class BatchRunner:
 
     def run(self, sequence_ids: Items[int], sequences: Items[Sequence]) -> BatchRouting:
         """Return the routing of one batch."""
-        lengths_B = torch.tensor([len(sequence.token_ids_T) for sequence in sequences])
-        input_ids_BT = torch.zeros(len(sequences), int(lengths_B.max()), dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            input_ids_BT[row, : lengths_B[row]] = torch.from_numpy(sequence.token_ids_T)
+        input_ids_BT, lengths_B = pad(sequences)
         hidden_BX = self._mark_hidden(sequence_ids, lengths_B, input_ids_BT.shape[1])
         if self._decoder is None:
             return self._tracer.trace(input_ids_BT, lengths_B, hidden_BX)
@@ -58,11 +55,28 @@ class BatchRunner:
         """Return where, in the batch as it is padded, the tokens are whose router inputs are wanted."""
         if self._hidden is None:
             return None
-        marked_BX = torch.zeros(len(sequence_ids), width + self._new_tokens, dtype=torch.bool)
-        for row, each in enumerate(sequence_ids):
-            first = width - int(lengths_B[row]) if self._decoder else 0  # prompts are padded on the left
-            marked_BX[row, torch.from_numpy(self._hidden.positions(each)) + first] = True
-        return marked_BX
+        first_B = width - lengths_B if self._decoder else None  # prompts are padded on the left
+        return mark(self._hidden, sequence_ids, width + self._new_tokens, first_B)
+
+
+def pad(sequences: Items[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids [B, T], padded on the right, and lengths [B]."""
+    lengths_B = torch.tensor([len(sequence.token_ids_T) for sequence in sequences])
+    input_ids_BT = torch.zeros(len(sequences), int(lengths_B.max()), dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        input_ids_BT[row, : lengths_B[row]] = torch.from_numpy(sequence.token_ids_T)
+    return input_ids_BT, lengths_B
+
+
+def mark(
+    hidden: HiddenSample, sequence_ids: Items[int], width: int, first_B: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return where, in a batch `width` wide whose rows begin at `first_B`, the sampled tokens are."""
+    marked_BX = torch.zeros(len(sequence_ids), width, dtype=torch.bool)
+    for row, each in enumerate(sequence_ids):
+        first = 0 if first_B is None else int(first_B[row])
+        marked_BX[row, torch.from_numpy(hidden.positions(each)) + first] = True
+    return marked_BX
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from collection.passes import PASS_TOKENS
 from groundwork.errors import ConfigurationError
 from traces.schema import HIDDEN, LOOKAHEAD_NORMS, OPTIONAL_COLUMNS
 
-EXECUTIONS = ("resident",)
+EXECUTIONS = ("resident", "streamed")
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,16 @@ class CollectSettings:
     decoded after each text, sampled at `temperature`, or the likeliest where that is 0. `shard_size_mb` is in 10**6
     bytes. `store` names the columns beside the expert ids; a `lookahead` of H layers stores the lookahead column, and
     that column alone stands for H = 1; `lookahead_norm` is what ResidentTracer says of it. `sample_hidden` is the share
-    of tokens that carry what the routers read.
+    of tokens that carry what the routers read. A streamed `execution` takes whole shards of about `pass_tokens` through
+    the layers together, and keeps hidden states of `memory_budget_gb` (10**9 bytes) in host memory, or of half of what
+    is free there, and the others on disk.
     """
 
     model: str = "models/mini-mixtral"
     quantization: str = "none"
     execution: str = "resident"
+    pass_tokens: int = PASS_TOKENS
+    memory_budget_gb: float | None = None
     datasets: str = "installed"
     dataset_root: Path | None = None
     target_traces: int = 1500
@@ -50,7 +55,7 @@ class CollectSettings:
     experts_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target_traces", "max_length", "min_tokens", "batch_size", "batch_tokens"):
+        for name in ("target_traces", "max_length", "min_tokens", "batch_size", "batch_tokens", "pass_tokens"):
             value = getattr(self, name)
             if value not in (None, "auto") and value < 1:
                 raise ConfigurationError(f"--{name} {value}: must be at least 1; give a larger number")
@@ -90,6 +95,7 @@ class CollectSettings:
             )
         if self.execution not in EXECUTIONS:
             raise ConfigurationError(f"--execution {self.execution}: unknown; use {', '.join(EXECUTIONS)}")
+        self._check_streamed()
         if self.output_suffix is not None:
             if self.output_dir is not None:
                 raise ConfigurationError(
@@ -100,6 +106,24 @@ class CollectSettings:
                 raise ConfigurationError(
                     f"--output_suffix {self.output_suffix}: must not hold '/'; name another folder with --output_dir"
                 )
+
+    def _check_streamed(self) -> None:
+        budget = self.memory_budget_gb
+        if budget is not None and not (math.isfinite(budget) and budget >= 0):
+            raise ConfigurationError(
+                f"--memory_budget_gb {budget:g}: must not be negative; give the gigabytes of host memory for hidden "
+                "states, or 0 to keep them all on disk"
+            )
+        if self.execution == "streamed" and self.generate:
+            raise ConfigurationError(
+                f"--generate {self.generate}: decodes token by token, which would read the whole model for each; "
+                "use --execution resident"
+            )
+        if self.execution == "streamed" and self.batch_size == "auto":
+            raise ConfigurationError(
+                "--batch_size auto: runs batches through the whole model, which --execution streamed never holds; give "
+                "--batch_tokens, or leave both out"
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -16,8 +16,10 @@ from expert_speculation.verbs.export import export
 from expert_speculation.verbs.generate import generate
 from expert_speculation.verbs.import_ import import_
 from expert_speculation.verbs.info import info
+from expert_speculation.verbs.pack import pack
 from expert_speculation.verbs.pretrain import pretrain
 from expert_speculation.verbs.report import report
+from expert_speculation.verbs.simulate import simulate
 from expert_speculation.verbs.train import train
 from expert_speculation.verbs.verify import verify
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
@@ -56,13 +58,16 @@ def cli() -> None:
 
     \b
     A first tour:     expert-speculation demo
-    The main job:     collect -> train -> evaluate -> report
+    The main job:     collect -> train -> evaluate -> simulate -> report
     Exit codes:       0 done, 1 failed while running, 2 wrong usage or input,
                       3 finished but incomplete or faulty, 130 interrupted
     """
 
 
-for _verb in (demo, collect, train, evaluate, report, verify, info, import_, export, pretrain, generate):
+_VERBS = (
+    demo, collect, train, evaluate, simulate, report, verify, info, import_, export, pack, pretrain, generate,
+)  # fmt: skip
+for _verb in _VERBS:
     cli.add_command(_verb)
 
 

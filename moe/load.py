@@ -17,7 +17,7 @@ from groundwork.errors import ConfigurationError
 from groundwork.hardware import choose_device, free_memory_bytes
 from moe import quantize, stored
 from moe.description import DTYPES, choose, count_by_component, describe_model, sketch_model
-from moe.quantizable import check_quantizable, quantized_bytes
+from moe.quantizable import check_quantizable, quantized_bytes, two_layers_bytes
 from moe.routers import RouterLayout
 from moe.source import Source, find_source, quiet, read_tokenizer, refusing, require_safetensors
 
@@ -75,7 +75,10 @@ def load_model(
     ConfigurationError, in one sentence with the remedy, for a folder that is missing or holds no such model, a dense
     model, unknown options, and a hub that can not be reached.
     """
-    options = {"attn_implementation": attn_implementation, "experts_implementation": experts_implementation}
+    options: dict[str, Any] = {
+        "attn_implementation": attn_implementation,
+        "experts_implementation": experts_implementation,
+    }
     loading = foresee_loading(path, device=device, dtype=dtype, quantization=quantization, **options)
     source, mode, target = loading.source, loading.mode, loading.device
     tokenizer = read_tokenizer(source)
@@ -83,17 +86,22 @@ def load_model(
     auto_class = AutoModelForCausalLM if language_model else AutoModel
     whole = find_source(path, weights=True)
     model = read_weights(auto_class, whole, mode, loading.stored is not None, dtype, target, **given)
+    return describe_loaded(model, tokenizer, loading)
+
+
+def describe_loaded(model: PreTrainedModel, tokenizer: Any, loading: Loading) -> LoadedModel:
+    """Return the model that was loaded as foreseen with what a trace must say of it."""
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         config=model.config,
-        name=source.name,
-        revision=source.revision,
+        name=loading.source.name,
+        revision=loading.source.revision,
         dtype=str(model.dtype).removeprefix("torch."),
-        quantization=mode,
+        quantization=loading.mode,
         attn_implementation=getattr(model.config, "_attn_implementation", None),
-        experts_implementation=_experts_implementation(model, mode),
-        device=target,
+        experts_implementation=_experts_implementation(model, loading.mode),
+        device=loading.device,
         tokenizer_hash=_tokenizer_hash(tokenizer),
     )
 
@@ -106,8 +114,12 @@ def foresee_loading(
     quantization: str = "none",
     attn_implementation: str | None = None,
     experts_implementation: str | None = None,
+    streamed: bool = False,
 ) -> Loading:
-    """Return how `load_model` would load, and refuse what it would refuse before it reads weights."""
+    """Return how `load_model` would load, and refuse what it would refuse before it reads weights.
+
+    A `streamed` model is held a layer or two at a time, and what is quantised as no option asks for is restored.
+    """
     choose("--dtype", dtype, DTYPES)
     choose("--quantization", quantization, quantize.MODES)
     if attn_implementation:
@@ -121,7 +133,7 @@ def foresee_loading(
     sketch, layout = sketch_model(source, dtype)
     if attn_implementation:
         _check_attention(sketch, attn_implementation)
-    loading = _settle_quantization(quantization, sketch, layout, target, source)
+    loading = _settle_quantization(quantization, sketch, layout, target, source, streamed)
     if source.revision is None:
         require_safetensors(source)
     return loading
@@ -134,6 +146,24 @@ def read_weights(
 
     Raises ConfigurationError for files that can not be used, ExpertSpeculationError where quantising did not work.
     """
+    model, report = call_loader(auto_class, source, mode, is_stored, dtype, device, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ConfigurationError(
+            f"{source.folder}: the checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; "
+            "copy or download the model again"
+        )
+    if quantize.is_ours(mode):
+        quantize.check_quantized(model, mode)
+    elif is_stored:
+        stored.settle_loaded(model, mode, report["unexpected_keys"])
+    return model
+
+
+def call_loader(
+    auto_class: Any, source: Source, mode: str, is_stored: bool, dtype: str, device: torch.device, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return what transformers' `from_pretrained` makes of `source`, unchecked, and what it reports."""
     require_safetensors(source)
     ours = quantize.is_ours(mode)
     if device.type != "cpu" or ours:
@@ -149,18 +179,8 @@ def read_weights(
             **options,
             **quantized_options,
         )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ConfigurationError(
-            f"{source.folder}: the checkpoint lacks {len(missing)} of the model's tensors, first {missing[0]!r}; "
-            "copy or download the model again"
-        )
     loaded: PreTrainedModel = model.eval().requires_grad_(False)
-    if ours:
-        quantize.check_quantized(loaded, mode)
-    elif is_stored:
-        stored.settle_loaded(loaded, mode, report["unexpected_keys"])
-    return loaded
+    return loaded, report
 
 
 def load_tokenizer(path: str) -> Any:
@@ -181,7 +201,7 @@ def _check_attention(sketch: PreTrainedModel, name: str) -> None:
 
 
 def _settle_quantization(
-    asked: str, sketch: PreTrainedModel, layout: RouterLayout, device: torch.device, source: Source
+    asked: str, sketch: PreTrainedModel, layout: RouterLayout, device: torch.device, source: Source, streamed: bool
 ) -> Loading:
     """Return the mode to load in; raises ConfigurationError where the model can not fit or not be quantised so."""
     kept = stored.stored_mode(sketch.config)
@@ -192,9 +212,12 @@ def _settle_quantization(
                 f"{source.folder}: the checkpoint is already quantised, as {kept}; "
                 "leave --quantization out to run it as it is"
             )
-        asked = stored.loaded_mode(kept, device)
+        asked = stored.loaded_mode(kept, torch.device("cpu") if streamed else device)
     needed = {"none": count_by_component(sketch, layout)["total"][1], **quantized_bytes(sketch, layout)}
     free = free_memory_bytes(device)
+    if streamed:
+        asked = "none" if asked == "auto" else asked
+        return _settle_streamed(asked, kept, sketch, layout, device, source)
     if asked == "auto":
         asked = most_precise(needed, free) if device.type == "cuda" else "none"
     if quantize.is_ours(asked):
@@ -216,6 +239,22 @@ def _settle_quantization(
             f"{free / 1e9:.1f} GB free; {remedy}a smaller model or a device with more memory"
         )
     return Loading(source, device, asked, kept, size, free)
+
+
+def _settle_streamed(
+    mode: str, kept: str | None, sketch: PreTrainedModel, layout: RouterLayout, device: torch.device, source: Source
+) -> Loading:
+    """Return how the model is loaded layer by layer; raises ConfigurationError where not even two layers fit."""
+    if quantize.is_ours(mode):
+        check_quantizable(sketch, layout, mode, device)
+    free, needed = free_memory_bytes(device), two_layers_bytes(sketch, layout, mode)
+    if needed > free:
+        raise ConfigurationError(
+            f"{source.folder}: --execution streamed needs {needed / 1e9:.1f} GB, two layers and what lies outside of "
+            f"layers as {_spoken(mode, sketch)}, and {device} has {free / 1e9:.1f} GB free; free memory, quantise, or "
+            "use a smaller model"
+        )
+    return Loading(source, device, mode, kept, needed, free)
 
 
 def most_precise(needed: dict[str, int], free: int) -> str:

@@ -1,5 +1,6 @@
 """The normalisation before each router: the module whose output is the router's input, found by watching one pass."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from groundwork.errors import ConfigurationError
 from moe.routers import RouterLayout
 
 
-def find_norms(model: PreTrainedModel, layout: RouterLayout) -> tuple[nn.Module, ...]:
+def find_norms(
+    model: PreTrainedModel, layout: RouterLayout, run: Callable[[torch.Tensor], object] | None = None
+) -> tuple[nn.Module, ...]:
     """Return, for each router, the module beside its MoE block that turns the residual stream into the router's input.
 
-    Runs the model on two tokens. Raises ConfigurationError for a family in which a router reads anything else.
+    Runs the model on two tokens, or has `run` do so, given token ids [1, 2]. Raises ConfigurationError for a family in
+    which a router reads anything else.
     """
     modules = dict(model.named_modules())
     outputs: list[tuple[nn.Module, torch.Tensor]] = []  # kept, so that no later tensor takes an earlier one's place
@@ -34,7 +38,8 @@ def find_norms(model: PreTrainedModel, layout: RouterLayout) -> tuple[nn.Module,
         handles += [child.register_forward_hook(keep_output) for child in layer.children() if child is not site.block]
     try:
         with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+            ids_BT = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+            run(ids_BT) if run else model(input_ids=ids_BT, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

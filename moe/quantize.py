@@ -79,21 +79,26 @@ def expert_bytes_per_parameter(model: nn.Module) -> float:
 
 def check_quantized(model: PreTrainedModel, mode: str) -> None:
     """Raise ExpertSpeculationError unless the experts of `model` are as small as `mode` promises and routers intact."""
-    found, limit = expert_bytes_per_parameter(model), _MAX_BYTES_INT8 if mode == "int8" else _MAX_BYTES_4_BIT
+    check_experts(model, mode)
+    for site in find_routers(model).sites:
+        if not all(parameter.is_floating_point() for parameter in site.module.parameters()):
+            raise ExpertSpeculationError(f"--quantization {mode}: router {site.name!r} was quantised too")
+
+
+def check_experts(module: nn.Module, mode: str) -> None:
+    """Raise ExpertSpeculationError unless experts, and all else that is to be quantised in a module, are so."""
+    found, limit = expert_bytes_per_parameter(module), _MAX_BYTES_INT8 if mode == "int8" else _MAX_BYTES_4_BIT
     if found >= limit:
         raise ExpertSpeculationError(
             f"--quantization {mode}: experts take {found:.2f} bytes per parameter where less than {limit} was wanted; "
             "quantise the original checkpoint anew, with the pinned bitsandbytes"
         )
-    for name, module in model.named_modules():
-        if isinstance(module, _quantized_linears()) and not any(True for _ in _statistics(module)):
+    for name, part in module.named_modules():
+        if isinstance(part, _quantized_linears()) and not any(True for _ in _statistics(part)):
             raise ExpertSpeculationError(
                 f"--quantization {mode}: {name!r} is in full precision where the configuration says that it is "
                 "quantised; quantise the original checkpoint anew"
             )
-    for site in find_routers(model).sites:
-        if not all(parameter.is_floating_point() for parameter in site.module.parameters()):
-            raise ExpertSpeculationError(f"--quantization {mode}: router {site.name!r} was quantised too")
 
 
 def _statistics(linear: nn.Module) -> Iterator[torch.Tensor]:

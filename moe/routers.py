@@ -41,6 +41,11 @@ class RouterLayout:
         """The model-layer index of each MoE layer; dense layers in between are left out."""
         return tuple(site.model_layer for site in self.sites)
 
+    @property
+    def place(self) -> str:
+        """The dotted name of the module whose children are the model's layers."""
+        return re.split(r"\.?\b\d+\.", self.sites[0].name, maxsplit=1)[0]
+
 
 def find_routers(model: PreTrainedModel) -> RouterLayout:
     """Return the routers of `model`, whose weights may still be on the meta device.

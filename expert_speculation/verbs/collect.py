@@ -51,9 +51,21 @@ class ModeChoice(click.Choice[str]):
 )
 @click.option(
     "--execution",
-    type=click.Choice(["resident"]),
+    type=click.Choice(["resident", "streamed"]),
     default="resident",
-    help="How layers are run; resident keeps the whole model in memory.",
+    help="resident keeps the whole model in memory; streamed reads one layer at a time, for all batches of a pass.",
+)
+@click.option(
+    "--pass_tokens",
+    type=int,
+    default=2**19,
+    help="Tokens that a streamed pass takes through the layers, in whole shards.",
+)
+@click.option(
+    "--memory_budget_gb",
+    type=float,
+    help="Host memory for the hidden states of a streamed pass; the others go to disk. Half of what is free when not "
+    "given.",
 )
 @click.option(
     "--datasets",

@@ -1,4 +1,4 @@
-"""Every mixture-of-experts family of the installed transformers: traced as its experts received, or refused by name."""
+"""Every mixture-of-experts family of transformers: traced as its experts received, whole and streamed, or refused."""
 
 import re
 import sys
@@ -16,12 +16,16 @@ from tiny_models import tiny_config, tiny_model
 
 from groundwork.errors import ConfigurationError
 from moe.description import sketch_config
-from moe.load import read_weights
+from moe.load import call_loader, read_weights
 from moe.quantize import quantized_loading
 from moe.resident import ResidentTracer
 from moe.routers import find_routers
 from moe.source import Source, quiet
 from moe.split_experts import PerExpertLinears, matrix_shapes
+from moe.streaming.captured import unpack
+from moe.streaming.layered import LayeredModel
+from moe.streaming.postponed import postponed_reading
+from moe.streaming.tracer import StreamedTracer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "MODELS.md"
@@ -108,6 +112,49 @@ def test_a_familys_experts_are_split_and_quantised_from_its_own_checkpoint(model
             stored: Any = small.get_submodule(f"1.{name}").weight
             restored = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state)
             assert float((restored - weight).norm() / weight.norm()) < 0.12  # NF4 of normal weights: about 0.09
+
+
+# Their layers hand on more than hidden states: which tokens to attend to, or keys and values.
+NOT_STREAMED = {
+    "gemma4",
+    "gemma4_text",
+    "glm5_next",
+    "glm5_next_text",
+    "glm_moe_dsa",
+    "hy_v4",
+    "mistral_large4",
+    "mistral_large4_text",
+}
+
+
+@pytest.mark.parametrize("model_type", named(3))
+def test_a_family_is_streamed_bit_for_bit_or_refused(model_type: str, batch: Batch, tmp_path: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path)
+    source = Source(tmp_path, model_type, None)
+    loading = (AutoModel, source, "none", False, "auto", torch.device("cpu"))
+    whole = read_weights(*loading)
+    with ResidentTracer(whole, find_routers(whole), ("weights", "logits")) as tracer:
+        expected = tracer.trace(*batch)
+    with postponed_reading() as postponed:
+        call_loader(*loading)
+    streamed = StreamedTracer(
+        LayeredModel(postponed[0], find_routers(postponed[0].model), source, "none"), ("weights", "logits")
+    )
+    if model_type in NOT_STREAMED:
+        with pytest.raises(ConfigurationError, match=f"^--execution streamed: {model_type} can not be run so, for"):
+            streamed.__enter__()
+        return
+    hidden, shown = None, []
+    with streamed, streamed.layers() as layers:
+        for index in layers:
+            hidden, of_layer = streamed.run(index, *batch, hidden)
+            shown.append(of_layer)
+    routing = unpack(shown, len(batch[0]), streamed.layout.num_experts, 0)
+    assert expected.router_logits_BTLE is not None
+    assert routing.router_logits_BTLE is not None
+    assert torch.equal(routing.expert_ids_BTLK, expected.expert_ids_BTLK)
+    assert torch.equal(routing.routing_weights_BTLK, expected.routing_weights_BTLK)
+    assert torch.equal(routing.router_logits_BTLE, expected.router_logits_BTLE)
 
 
 def split_without_quantising(folder: Path) -> PreTrainedModel:

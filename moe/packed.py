@@ -1,0 +1,105 @@
+"""Packing a model for streaming: its layers quantised once, a file each, with checksums.
+
+What is written is also a checkpoint as `quantized_copy` saves it, tensor for tensor, so the folder can be loaded whole,
+too. But here one layer at a time is in memory.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from groundwork.errors import ConfigurationError
+from groundwork.hardware import choose_device
+from groundwork.progress import progress
+from moe import stored
+from moe.description import choose, sketch_model
+from moe.load import call_loader
+from moe.quantizable import check_quantizable
+from moe.routers import find_routers
+from moe.source import find_source, quiet, read_tokenizer
+from moe.split_loading import without_splitting
+from moe.streaming.checksums import write_checksums
+from moe.streaming.layered import LayeredModel
+from moe.streaming.postponed import postponed_reading
+
+PACKED_MODES = ("nf4", "nf4-double", "int8")
+_causal_models: Any = AutoModelForCausalLM  # not annotated by transformers
+
+
+def pack(path: str, folder: Path, *, quantization: str = "nf4", device: str = "auto") -> dict[str, Any]:
+    """Quantise the checkpoint `path` layer by layer into the new folder `folder`, which `--model` then takes.
+
+    Returns what its index says: format_version, model, revision, quantization, and files with bytes and sha256. The
+    folder appears when it is complete. Raises ConfigurationError as `load_model` does, and for a folder that exists.
+    """
+    choose("--quantization", quantization, PACKED_MODES)
+    if folder.exists():
+        raise ConfigurationError(f"{folder}: exists already; name a new folder for the packed model")
+    target = choose_device(device)
+    source = find_source(path)
+    sketch, layout = sketch_model(source, "auto")
+    if stored.stored_mode(sketch.config):
+        raise ConfigurationError(
+            f"{source.folder}: the checkpoint is already quantised; stream it as it is, or pack the original one"
+        )
+    check_quantizable(sketch, layout, quantization, target)
+    tokenizer = read_tokenizer(source)
+    auto_class = AutoModelForCausalLM if type(sketch.config) in _causal_models._model_mapping else AutoModel
+    whole = find_source(path, weights=True)
+    with postponed_reading() as postponed:
+        model, _ = call_loader(auto_class, whole, quantization, False, "auto", target)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        _write_weights(LayeredModel(postponed[0], find_routers(model), whole, quantization), unfinished)
+        with quiet():
+            _write_settings(model, unfinished)
+            tokenizer.save_pretrained(unfinished)
+        index = write_checksums(
+            unfinished, {"model": source.name, "revision": source.revision, "quantization": quantization}
+        )
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return index
+
+
+def _write_weights(layered: LayeredModel, folder: Path) -> None:
+    """Write a file for what lies outside of layers, one for each layer, and the index that transformers reads."""
+    place = layered.layout.place
+    model: Any = layered.model
+    weight_map: dict[str, str] = {}
+    size = 0
+
+    def write(name: str, tensors: dict[str, Tensor]) -> None:
+        nonlocal size
+        model._weight_conversions = without_splitting(model._weight_conversions)  # which reading has just set
+        tensors = {key: each.cpu().contiguous() for key, each in revert_weight_conversion(model, tensors).items()}
+        save_file(tensors, folder / name, {"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        size += sum(each.nbytes for each in tensors.values())
+
+    layered.load_rest()
+    write("outside-layers.safetensors", layered.outside())
+    for index in progress(range(len(layered.layers)), description="packing", unit="layer"):
+        layered.load(index)
+        write(f"layer-{index:05d}.safetensors", layered.layers[index].state_dict(prefix=f"{place}.{index}."))
+        layered.release(index)
+    listed = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listed, indent=2) + "\n")
+
+
+def _write_settings(model: PreTrainedModel, folder: Path) -> None:
+    """Write what `save_pretrained` writes beside weights."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
