@@ -17,11 +17,11 @@ MOST_US = 1_000_000_000  # of a prediction, so that a run's nanoseconds stay wit
 class SimulateSettings:
     """Options of one simulation; raises ConfigurationError for values that can not be meant.
 
-    `cache_experts` counts experts over all layers, or is a share of them such as "25%"; None is what the hardware has
-    room for. `ram_experts` likewise, for RAM. `policies` is empty where the program chooses. `budget` guesses of each
-    sequence are prefetched, K where that is None, as far as they are at least `threshold` likely: by default, more
-    likely than not. `prediction_us` is what a prediction costs: microseconds, "measure", or None for what is documented
-    of a predictor.
+    `cache_experts` counts experts over all layers, or is a share of them such as "25%", or memory such as "12GB"; None
+    is what the hardware has room for. `ram_experts` likewise, for RAM. `policies` is empty where the program chooses.
+    `budget` guesses of each sequence are prefetched, K where that is None, as far as they are at least `threshold`
+    likely: by default, more likely than not. `prediction_us` is what a prediction costs: microseconds, "measure", or
+    None for what is documented of a predictor.
     """
 
     split: str = "test"
@@ -74,14 +74,23 @@ class SimulateSettings:
         return round(value * 1000)
 
 
-def experts_counted(option: str, value: str, everything: int) -> int:
-    """Return a number of experts given as such or as a share with '%'; raises ConfigurationError for anything else."""
+def experts_counted(option: str, value: str, everything: int, expert_bytes: int) -> int:
+    """Return a number of experts given as such, as a share with '%', or as memory with 'GB' (10**9 bytes).
+
+    Memory for more than all of them is all of them. Raises ConfigurationError for anything else.
+    """
+    unit = next((unit for unit in ("%", "GB") if value.endswith(unit)), "")
+    each = {"%": everything / 100, "GB": 1e9 / expert_bytes, "": 1.0}[unit]
     try:
-        number = float(value.removesuffix("%")) * (everything / 100 if value.endswith("%") else 1)
+        number = float(value.removesuffix(unit)) * each
     except ValueError:
         number = math.nan
-    if not math.isfinite(number) or (not value.endswith("%") and number != int(number)) or not 0 < number <= everything:
+    if unit == "GB":
+        number = min(number, everything)
+    whole = 0 if math.isnan(number) or abs(number) > everything else math.floor(number + (unit == "%") / 2)
+    if whole < 1 or (not unit and number != whole):
         raise ConfigurationError(
-            f"{option} {value}: give a whole number of experts, 1 to {everything}, or a share of them such as 25%"
+            f"{option} {value}: give a whole number of experts, 1 to {everything}, or a share of them such as 25%, or "
+            "memory such as 12GB that holds one"
         )
-    return round(number)
+    return whole

@@ -57,13 +57,14 @@ def simulate(
         _ram_experts(settings, model, hardware, timing),
     )
 
-    def ask(predictor: Predictor, horizon: int) -> Prefetcher:
-        guesses = predictor_guesses(dataset, settings.split, only, predictor, horizon, model.num_experts)
-        cost_ns = _cost_ns(predictor, dataset, settings)
-        return Prefetcher(guesses, horizon, settings.budget or model.top_k, settings.threshold, cost_ns)
+    costs_ns = {name: _cost_ns(predictor, dataset, settings) for name, predictor in predictors.items()}
+
+    def ask(name: str, horizon: int) -> Prefetcher:
+        guesses = predictor_guesses(dataset, settings.split, only, predictors[name], horizon, model.num_experts)
+        return Prefetcher(guesses, horizon, settings.budget or model.top_k, settings.threshold, costs_ns[name])
 
     known = perfect_guesses(workload)
-    prefetchers = {name: ask(predictor, settings.horizon) for name, predictor in predictors.items()}
+    prefetchers = {name: ask(name, settings.horizon) for name in predictors}
     prefetchers["perfect"] = Prefetcher(known, settings.horizon, model.top_k)
     prefetchers["oracle"] = Prefetcher(known, model.moe_layers, model.top_k)
     rows = _rows(simulation, prefetchers, list(predictors), settings)
@@ -75,9 +76,7 @@ def simulate(
         simulation,
         now.policy,
         prefetchers.get(now.prefetcher),
-        []
-        if predicted is None
-        else [ask(predictors[predicted.prefetcher], h) for h in _other_horizons(settings, model)],
+        [] if predicted is None else [ask(predicted.prefetcher, h) for h in _other_horizons(settings, model)],
         prefetchers["perfect"],
         prefetchers["oracle"],
     )
@@ -177,7 +176,7 @@ def _counts(
 def _capacity(settings: SimulateSettings, model: ModelProfile, hardware: HardwareProfile, timing: Timing) -> int:
     everything = model.moe_layers * model.num_experts
     if settings.cache_experts is not None:
-        return experts_counted("--cache_experts", settings.cache_experts, everything)
+        return experts_counted("--cache_experts", settings.cache_experts, everything, timing.expert_bytes)
     room = hardware.gpu_memory_bytes - hardware.reserved_bytes - model.resident_bytes()
     if room < timing.expert_bytes:
         raise ConfigurationError(
@@ -194,7 +193,7 @@ def _ram_experts(
     """Return how many experts RAM holds; None where it holds all."""
     everything = model.moe_layers * model.num_experts
     if settings.ram_experts is not None:
-        held = experts_counted("--ram_experts", settings.ram_experts, everything)
+        held = experts_counted("--ram_experts", settings.ram_experts, everything, timing.expert_bytes)
     else:
         held = int(RAM_SHARE * hardware.ram_bytes) // timing.expert_bytes
     return None if held >= everything else held

@@ -73,7 +73,7 @@ class Outcome:
 class Simulation:
     """A workload on a machine whose GPU holds `capacity` experts; raises ConfigurationError where that is too few.
 
-    `rate_LE` says how often a decode step needs each expert, as far as is known before the run: with it the cache
+    `rate_LE` says how often a token needs each expert, as far as is known before the run: with it the cache
     starts with the experts used most, without it empty. Slots are `pooled` over the layers or shared out evenly among
     them. RAM holds `ram_experts` of all experts, and all of them where that is None; the rest are read from the disk.
     Sequences follow each other on one machine: what one leaves in the cache, the next one finds.

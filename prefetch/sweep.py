@@ -32,9 +32,10 @@ def sweep(
     """
     shape = simulation.workload.shape
     everything = shape.num_layers * shape.num_experts
-    sizes = {max(simulation.least_capacity, round(share * everything)) for share in CACHE_SHARES}
+    shares = {max(simulation.least_capacity, round(share * everything)) for share in CACHE_SHARES}
+    sizes = sorted(shares | {simulation.capacity})
     source = GradedGuesses(simulation.workload, seed)
-    bar: Progress[None] = progress(total=len(sizes) + 1 + len(LINK_FACTORS), description="sweeping", unit="point")
+    bar: Progress[None] = progress(total=len(sizes) + len(LINK_FACTORS), description="sweeping", unit="point")
 
     def point(changed: Simulation) -> dict[str, Any]:
         speeds = {name: changed.run(*each).tokens_per_s for name, each in contestants.items()}
@@ -44,7 +45,7 @@ def sweep(
     with bar:
         by_cache = [
             {"cache_experts": size, "share": size / everything, **point(simulation.changed(capacity=size))}
-            for size in sorted(sizes | {simulation.capacity})
+            for size in sizes
         ]
         by_link = [
             {"link_factor": factor, **point(simulation.changed(timing=simulation.timing.with_link(factor)))}

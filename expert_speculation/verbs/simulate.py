@@ -28,7 +28,8 @@ from expert_speculation.options import (
 @click.option("--precision", help="Of the experts, such as bf16, int8, nf4, mxfp4; as published when not given.")
 @click.option(
     "--cache_experts",
-    help="Experts that the GPU holds, over all layers, or a share of them such as 25%; what fits when not given.",
+    help="Experts that the GPU holds, over all layers, a share of them such as 25%, or memory such as 12GB; what fits "
+    "when not given.",
 )
 @click.option("--ram_experts", help="Experts that RAM holds, likewise; the rest are read from the disk.")
 @click.option(

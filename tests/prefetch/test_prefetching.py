@@ -63,19 +63,36 @@ def test_a_prediction_that_never_comes_in_time_is_none(cycling: Make, make_timin
     assert {**outcome.totals, "skipped": 0} == without.totals
 
 
-def test_two_layers_ahead_hide_a_transfer_of_two_layers(random_workload: Make, make_timing: Machine) -> None:
-    ids_TLK = np.arange(30)[:, None, None] % 8 * np.ones((1, 4, 1), int)
-    workload = replace(random_workload([30], layers=4, experts=8, top_k=1), expert_ids_TLK=ids_TLK.astype(np.uint16))
-    timing = make_timing(transfer=110, other=0)
-    simulation = Simulation(workload, timing, 8)
-    waits = {
-        horizon: simulation.run("lru", Prefetcher(perfect_guesses(workload), horizon, budget=1)).totals["waiting_ns"]
-        for horizon in (1, 2, 3)
-    }
-    assert waits == {1: 110, 2: 2 * 110, 3: 3 * 110}  # a sequence's first layers have nothing before them
-    slower = simulation.changed(timing=make_timing(transfer=165, other=0))
-    one, two = (slower.run("lru", Prefetcher(perfect_guesses(workload), h, budget=1)).total_ns for h in (1, 2))
-    assert one == two  # the link, not the horizon, is the limit: it is never idle
+@pytest.fixture(scope="module")
+def four_layers(make_workload: Make) -> Workload:
+    """Two sequences of 15 tokens through four layers, which never need an expert again that a cache of 8 still has."""
+    return make_workload(np.tile(np.arange(30)[:, None, None] % 8, (1, 4, 1)), 8, [15, 15])
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3])
+def test_a_farther_prediction_leaves_more_of_a_sequence_s_first_layers_unforeseen(
+    horizon: int, four_layers: Workload, make_timing: Machine
+) -> None:
+    ahead = Prefetcher(perfect_guesses(four_layers), horizon, budget=1)
+    simulation = Simulation(four_layers, make_timing(transfer=110, other=0), 8)  # a layer computes for 110 ns
+    assert simulation.run("lru", ahead).totals["waiting_ns"] == 2 * horizon * 110
+
+
+def test_a_prediction_too_slow_for_one_layer_is_in_time_two_layers_ahead(
+    four_layers: Workload, make_timing: Machine
+) -> None:
+    simulation = Simulation(four_layers, make_timing(transfer=100, other=0), 8)
+    ahead = Prefetcher(perfect_guesses(four_layers), 1, budget=1, predict_ns=100)
+    assert simulation.run("lru", ahead).totals["late"] > 50
+    two_ahead = simulation.run("lru", replace(ahead, horizon=2))
+    assert two_ahead.totals["late"] == 0
+    assert two_ahead.totals["waiting_ns"] == 2 * 2 * 100
+
+
+def test_predicting_farther_does_not_widen_the_link(four_layers: Workload, make_timing: Machine) -> None:
+    simulation = Simulation(four_layers, make_timing(transfer=165, other=0), 8)
+    ahead = Prefetcher(perfect_guesses(four_layers), 1, budget=1)
+    assert simulation.run("lru", ahead).total_ns == simulation.run("lru", replace(ahead, horizon=2)).total_ns
 
 
 @pytest.mark.parametrize(

@@ -45,23 +45,45 @@ def test_a_cost_of_prediction_is_in_microseconds(given_: str | None, ns: int | N
 
 
 @pytest.mark.parametrize(
-    ("value", "number"), [("1", 1), ("96", 96), ("25%", 24), ("100%", 96), ("33.4%", 32), ("12.0", 12)]
+    ("value", "number"),
+    [("1", 1), ("96", 96), ("25%", 24), ("100%", 96), ("33.4%", 32), ("12.0", 12), ("3.9GB", 3), ("500GB", 96)],
 )
 def test_experts_are_counted_or_a_share_of_all(value: str, number: int) -> None:
-    assert experts_counted("--cache_experts", value, 96) == number
+    assert experts_counted("--cache_experts", value, 96, 10**9) == number
 
 
 @pytest.mark.parametrize(
-    "value", ["", "%", "0", "-3", "97", "101%", "0%", "12.5", "nan", "nan%", "inf", "1e999%", "12 experts", "5%%"]
+    "value",
+    [
+        "",
+        "%",
+        "0",
+        "-3",
+        "97",
+        "101%",
+        "0%",
+        "12.5",
+        "nan",
+        "nan%",
+        "inf",
+        "1e999%",
+        "12 experts",
+        "5%%",
+        "0.1%",
+        "0.5GB",
+        "-1GB",
+        "GB",
+        "nanGB",
+    ],
 )
 def test_a_number_of_experts_that_there_are_not_is_refused(value: str) -> None:
     with pytest.raises(
         ConfigurationError, match=rf"^--ram_experts {value}: give a whole number of experts, 1 to 96, or a share of"
     ):
-        experts_counted("--ram_experts", value, 96)
+        experts_counted("--ram_experts", value, 96, 10**9)
 
 
 @given(st.text(max_size=6), st.integers(1, 10**6))
 def test_any_other_text_is_refused_too(value: str, everything: int) -> None:
     with contextlib.suppress(ConfigurationError):
-        assert 0 <= experts_counted("--cache_experts", value, everything) <= everything
+        assert 0 <= experts_counted("--cache_experts", value, everything, 10**9) <= everything

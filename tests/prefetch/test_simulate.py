@@ -12,8 +12,12 @@ import pytest
 from groundwork.errors import ConfigurationError
 from groundwork.profiles.hardware import HardwareProfile
 from groundwork.profiles.model import ModelProfile
+from prefetch.guesses import perfect_guesses
 from prefetch.settings import SimulateSettings
 from prefetch.simulate import format_result, simulate
+from prefetch.simulation import Prefetcher, Simulation, usage_rates
+from prefetch.timing import Timing
+from prefetch.workload import read_workload
 from speculation import Predictor, create
 from speculation.counted import BASELINES_FILE, count_routing
 from traces.reader import TraceDataset
@@ -152,6 +156,18 @@ def test_the_sweep_is_of_some_sequences_with_the_best_of_each(result: dict[str, 
     assert "belady" not in sweep["policies"].values()
     assert sweep["break_even_policy"] == sweep["policies"]["markov"]
     assert 10 in [point["cache_experts"] for point in sweep["by_cache"]]
+
+
+def test_guesses_of_a_swept_part_are_those_of_its_own_tokens(result: dict[str, Any], dataset: TraceDataset) -> None:
+    whole = read_workload(dataset, "test")
+    part, _ = whole.of(whole.part(40, seed=0))
+    rate_LE = usage_rates(count_routing(dataset).usage_LE.numpy(), 2)
+    simulation = Simulation(part, Timing.of(TINY, SMALL, None, 1), 10, rate_LE)
+    perfect = Prefetcher(perfect_guesses(part), 1, 2)
+    (here,) = (point for point in result["sweep"]["by_cache"] if point["cache_experts"] == 10)
+    policies = result["sweep"]["policies"]
+    assert here["tokens_per_s"]["none"] == simulation.run(policies["none"]).tokens_per_s
+    assert here["tokens_per_s"]["perfect"] == simulation.run(policies["perfect"], perfect).tokens_per_s
 
 
 def test_the_text_shows_machine_table_answers_and_notes(result: dict[str, Any]) -> None:
