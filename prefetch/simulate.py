@@ -10,11 +10,12 @@ from groundwork.errors import ConfigurationError
 from groundwork.profiles.hardware import HardwareProfile
 from groundwork.profiles.model import ModelProfile
 from prefetch.answers import as_json, sentences, what_else
+from prefetch.contest import all_rows, alone_with, best_caching, best_of
 from prefetch.guesses import perfect_guesses, predictor_guesses
 from prefetch.prediction_time import prediction_us
 from prefetch.rows import Row, format_rows
 from prefetch.settings import SimulateSettings, experts_counted
-from prefetch.simulation import POLICIES, Prefetcher, Simulation, usage_rates
+from prefetch.simulation import Prefetcher, Simulation, usage_rates
 from prefetch.sweep import sweep
 from prefetch.timing import Timing
 from prefetch.workload import read_workload
@@ -25,7 +26,6 @@ from traces.reader import TraceDataset
 
 FORMAT_VERSION = 1
 RAM_SHARE = 0.75  # of RAM, what experts may take; the rest is the system's and the program's
-FOREKNOWING = "belady"  # the policy that no machine can have
 
 
 def simulate(
@@ -67,8 +67,8 @@ def simulate(
     prefetchers = {name: ask(name, settings.horizon) for name in predictors}
     prefetchers["perfect"] = Prefetcher(known, settings.horizon, model.top_k)
     prefetchers["oracle"] = Prefetcher(known, model.moe_layers, model.top_k)
-    rows = _rows(simulation, prefetchers, list(predictors), settings)
-    caching, predicted, perfect = _best_caching(rows), _best(rows, predictors), _best(rows, ["perfect"])
+    rows = all_rows(simulation, prefetchers, list(predictors), settings)
+    caching, predicted, perfect = best_caching(rows), best_of(rows, predictors), best_of(rows, ["perfect"])
     assert perfect is not None
     recall = {name: each.guesses.recall(workload.expert_ids_TLK, each.budget) for name, each in prefetchers.items()}
     now = caching if predicted is None else predicted
@@ -212,54 +212,6 @@ def _other_horizons(settings: SimulateSettings, model: ModelProfile) -> list[int
     return [h for h in range(1, min(MAX_HORIZON, model.moe_layers - 1) + 1) if h != settings.horizon]
 
 
-def _rows(
-    simulation: Simulation, prefetchers: Mapping[str, Prefetcher], predictors: list[str], settings: SimulateSettings
-) -> list[Row]:
-    """Return caching alone under every policy, and each prefetcher under the best of them, `guided` and `belady`.
-
-    Where the user names policies, every prefetcher is simulated under each.
-    """
-
-    def row(prefetcher: str, policy: str, with_it: Prefetcher | None) -> Row:
-        return Row.of(prefetcher, policy, simulation.run(policy, with_it), settings.bootstrap, settings.seed)
-
-    available = [
-        policy
-        for policy in POLICIES
-        if not (policy == "guided" and not predictors) and not (policy == "static" and simulation.rate_LE is None)
-    ]
-    policies = list(settings.policies) or available
-    alone = [row("none", policy, _alone(prefetchers, predictors, policy)) for policy in policies]
-    chosen = policies
-    if not settings.policies:
-        chosen = [policy for policy in available if policy in {_best_caching(alone).policy, "guided", FOREKNOWING}]
-    return alone + [row(name, policy, each) for name, each in prefetchers.items() for policy in chosen]
-
-
-def _alone(prefetchers: Mapping[str, Prefetcher], predictors: list[str], policy: str) -> Prefetcher | None:
-    """Return what is known where nothing is prefetched: nothing, or, to evict by, the first predictor's scores."""
-    return replace(prefetchers[predictors[0]], budget=0) if policy == "guided" else None
-
-
-def _best_caching(rows: list[Row]) -> Row:
-    """Return the fastest row without prefetching, among policies that need neither a predictor nor the future."""
-    alone = [row for row in rows if row.prefetcher == "none"]
-    plain = [row for row in alone if row.policy not in ("guided", FOREKNOWING)]
-    return max(plain or alone, key=_merit)
-
-
-def _best(rows: list[Row], names: Collection[str]) -> Row | None:
-    """Return the fastest row of these prefetchers, under a policy that a machine can have where there is one."""
-    own = [row for row in rows if row.prefetcher in names]
-    real = [row for row in own if row.policy != FOREKNOWING]
-    return max(real or own, key=_merit, default=None)
-
-
-def _merit(row: Row) -> tuple[float, bool, bool]:
-    """Where rows are equally fast, as where nothing is fetched, take the policy that does best where they are not."""
-    return row.tokens_per_s, row.policy == "guided", row.policy == "lfu_aged"
-
-
 def _machine(simulation: Simulation, settings: SimulateSettings, model: ModelProfile, timing: Timing) -> dict[str, Any]:
     """Return what the run came down to, in numbers that a reader can check."""
     shape = simulation.workload.shape
@@ -288,11 +240,11 @@ def _sweep(
 ) -> dict[str, Any]:
     """Sweep a part of the sequences, drawn at random, with the policy that each prefetcher does best with."""
     part, kept_T = simulation.workload.of(simulation.workload.part(settings.sweep_tokens, settings.seed))
-    best = [_best_caching(rows), _best(rows, predictors), _best(rows, ["perfect"]), _best(rows, ["oracle"])]
+    best = [best_caching(rows), best_of(rows, predictors), best_of(rows, ["perfect"]), best_of(rows, ["oracle"])]
     contestants: dict[str, tuple[str, Prefetcher | None]] = {}
     for row in best:
         if row is not None:
-            with_it = prefetchers.get(row.prefetcher, _alone(prefetchers, predictors, row.policy))
+            with_it = prefetchers.get(row.prefetcher, alone_with(prefetchers, predictors, row.policy))
             part_of_it = None if with_it is None else replace(with_it, guesses=with_it.guesses.of(kept_T))
             contestants[row.prefetcher] = row.policy, part_of_it
     name = best[1].prefetcher if best[1] else "perfect"
