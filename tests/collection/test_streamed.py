@@ -124,7 +124,9 @@ class Blocks:
 def blocks() -> Iterator[Blocks]:
     counted = Blocks()
     handle = register_module_forward_hook(counted.note)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     yield counted
+    signal.signal(signal.SIGINT, before)
     handle.remove()
 
 
