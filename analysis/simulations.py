@@ -59,7 +59,7 @@ def checked(simulations: Sequence[Simulation], spec: TraceSpec, names: Sequence[
                 if found != wanted:
                     raise ConfigurationError(
                         f"{name} has {key} {found!r}, but {wanted} is needed here; "
-                        "simulate with traces of the same model"
+                        + ("write it anew" if key == "format_version" else "simulate with traces of the same model")
                     )
     return list(simulations)
 

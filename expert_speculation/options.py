@@ -45,7 +45,18 @@ def model_option(command: Command) -> Command:
 def json_option(command: Command) -> Command:
     """`--json FILE`."""
     text = "Also write the results there, machine-readable."
-    return click.option("--json", "json_file", type=PATH, help=text)(command)
+    return click.option("--json", "json_file", type=PATH, callback=_no_folder, help=text)(command)
+
+
+def _no_folder(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a folder before the work, whose results could not be written there."""
+    from groundwork.errors import ConfigurationError
+
+    if value is not None and value.is_dir():
+        raise ConfigurationError(
+            f"--json {value}: is a folder, wanted a file to write, such as {value / 'results.json'}"
+        )
+    return value
 
 
 def write_results(json_file: Path | None, results: Any) -> None:

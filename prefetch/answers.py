@@ -50,7 +50,7 @@ def what_else(
     limits: dict[str, float] = {
         "the best possible eviction (belady)": _speed(simulation, "belady", prefetcher),
         f"perfect predictions {_layers(perfect.horizon)} ahead": _speed(simulation, policy, perfect),
-        "perfect foresight of a whole token with that eviction": _speed(simulation, "belady", oracle),
+        "perfect foresight of a whole token under belady": _speed(simulation, "belady", oracle),
     }
     if doubled.capacity > simulation.capacity:
         ways["room for twice as many experts" if doubled.capacity < everything else "room for all experts"] = _speed(
@@ -81,18 +81,21 @@ def halved(timing: Timing) -> Timing:
 
 
 def sentences(
-    simulation: Simulation, caching: Row, predicted: Row | None, perfect: Row, recall: Mapping[str, float],
-    changes: list[Change],
+    simulation: Simulation, caching: Row, predicted: Row | None, evicting: Row | None, perfect: Row,
+    recall: Mapping[str, float], changes: list[Change],
 ) -> list[str]:  # fmt: skip
     """Return three sentences about a table.
 
     `caching` is the best row without prefetching that could be built, `predicted` the best with a predictor (None where
-    none was given), `perfect` that of perfect predictions at the same horizon.
+    none was given), `evicting` the row that only evicts as that one does (None where it was not simulated), `perfect`
+    that of perfect predictions at the same horizon.
     """
     return [
         _limits(simulation, caching),
-        _predictor(caching, predicted, perfect, recall) if caching.outcome.totals["demanded"] else NOTHING_TO_FETCH,
-        _more(changes, "this" if predicted is None else f"prefetching with {predicted.prefetcher}"),
+        _predictor(caching, predicted, evicting, perfect, recall)
+        if caching.outcome.totals["demanded"]
+        else NOTHING_TO_FETCH,
+        _more(changes, "caching alone" if predicted is None else f"prefetching with {predicted.prefetcher}"),
     ]
 
 
@@ -117,15 +120,19 @@ def _limits(simulation: Simulation, row: Row) -> str:
     )
 
 
-def _predictor(caching: Row, predicted: Row | None, perfect: Row, recall: Mapping[str, float]) -> str:
+def _predictor(
+    caching: Row, predicted: Row | None, evicting: Row | None, perfect: Row, recall: Mapping[str, float]
+) -> str:
     best = perfect.faster_than(caching)["value"]
     if predicted is None:
         return (
             f"No predictor was given; perfect predictions as far ahead would be {best:.2f} times as fast as caching "
-            "alone, which is what a predictor is worth here at most."
+            f"alone, about the most that a predictor can add to {perfect.policy}."
         )
     gain = predicted.faster_than(caching)
     spoken = f"{gain['value']:.3f} times [{gain['low']:.3f}, {gain['high']:.3f}] as fast as {caching.policy} alone"
+    if evicting is not None and evicting.policy == "guided":
+        spoken += f" ({evicting.faster_than(caching)['value']:.3f} by its evictions alone)"
     verdict = (
         "it is worth it" if gain["low"] >= WORTH_IT
         else "a small gain" if gain["low"] > 1
@@ -134,7 +141,8 @@ def _predictor(caching: Row, predicted: Row | None, perfect: Row, recall: Mappin
     )  # fmt: skip
     totals = predicted.outcome.totals
     skipped = totals["skipped"] / max(1, totals["skipped"] + totals["predicted"])
-    late = f", for {skipped:.0%} of its predictions come too late" if skipped > MANY else ""
+    so = "although" if gain["low"] >= WORTH_IT else "for"
+    late = f", {so} {skipped:.0%} of its predictions come too late" if skipped > MANY else ""
     return (
         f"Prefetching with {predicted.prefetcher} (recall {recall[predicted.prefetcher]:.3f}, {predicted.policy}) is "
         f"{spoken}: {verdict}{late}; perfect predictions as far ahead would be {best:.2f} times as fast."
@@ -144,12 +152,12 @@ def _predictor(caching: Row, predicted: Row | None, perfect: Row, recall: Mappin
 def _more(changes: list[Change], now: str) -> str:
     better = [each for each in changes if each.times > SAME]
     if not better:
-        return "Nothing that was tried would change more: neither memory nor link, eviction nor prediction."
+        return "Nothing that was tried would be faster: neither memory nor link, eviction nor prediction."
     ways, limits = ([each for each in better if each.possible is possible] for possible in (True, False))
     listed = [f"{each.what} {each.times:.2f}" for each in ways]
     useless = [each.what for each in changes if each.possible and each.times <= SAME]
     return (
-        f"What would change more than {now}, in times its tokens per second: {', '.join(listed) or 'nothing'}"
+        f"What would add to {now}, in times its tokens per second: {', '.join(listed) or 'nothing'}"
         + (f"; no gain from {', '.join(useless)}" if useless else "")
         + (f"; at the limit, {', '.join(f'{each.what} {each.times:.2f}' for each in limits)}" if limits else "")
         + "."

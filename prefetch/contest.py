@@ -23,16 +23,17 @@ def all_rows(
     def row(prefetcher: str, policy: str, with_it: Prefetcher | None) -> Row:
         return Row.of(prefetcher, policy, simulation.run(policy, with_it), settings.bootstrap, settings.seed)
 
-    available = [
-        policy
-        for policy in POLICIES
-        if not (policy == "guided" and not predictors) and not (policy == "static" and simulation.rate_LE is None)
+    policies = list(settings.policies) or [
+        policy for policy in POLICIES if not (policy == "static" and simulation.rate_LE is None)
     ]
-    policies = list(settings.policies) or available
-    alone = [row("none", policy, alone_with(prefetchers, predictors, policy)) for policy in policies]
+    alone = [
+        row("none", policy, alone_with(prefetchers, predictors, policy))
+        for policy in policies
+        if policy != "guided" or predictors
+    ]
     chosen = policies
     if not settings.policies:
-        chosen = [policy for policy in available if policy in {best_caching(alone).policy, "guided", FOREKNOWING}]
+        chosen = [policy for policy in policies if policy in {best_caching(alone).policy, "guided", FOREKNOWING}]
     return alone + [row(name, policy, each) for name, each in prefetchers.items() for policy in chosen]
 
 

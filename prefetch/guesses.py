@@ -52,8 +52,8 @@ def predictor_guesses(
 ) -> Guesses:
     """Ask a predictor about every token and layer of a split and keep its `width` best experts.
 
-    Probabilities are the predictor's own; one that has none for this horizon is taken at its word as a ranking: K times
-    each expert's share of a softmax, at most 1.
+    Probabilities are the predictor's own; where it has none for this horizon, what its uncalibrated log-odds say, and
+    of scores that are not log-odds K times each expert's share of a softmax, at most 1.
     """
     columns = sorted(set(predictor.sees(dataset.available)) & OPTIONAL_COLUMNS)
     ids, chances = [], []
@@ -63,7 +63,8 @@ def predictor_guesses(
             scores_TLE = predictor.predict_scores(batch, horizon)
             p_TLE = predictor.probabilities(scores_TLE, horizon)
             if p_TLE is None:
-                p_TLE = (dataset.spec.top_k * torch.sigmoid(predictor.log_odds(scores_TLE))).clamp_max(1.0)
+                times = 1 if predictor.score_scale == "log_odds" else dataset.spec.top_k
+                p_TLE = (times * torch.sigmoid(predictor.log_odds(scores_TLE))).clamp_max(1.0)
             ids_TLB = scores_TLE.topk(width, dim=2).indices
             ids.append(ids_TLB.numpy().astype(np.uint16))
             chances.append(p_TLE.gather(2, ids_TLB).clamp(0, 1).numpy().astype(np.float32))

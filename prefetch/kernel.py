@@ -10,9 +10,9 @@ of the batch moves by a token; in each layer
     experts        again with link, disk and predictor at work; needed experts can not be evicted until they are done
 
 The link carries one expert at a time and finishes what it began; demands go first, then prefetches, nearest layer
-first, likeliest expert first. A slot is freed when a transfer begins. A prefetch is held back when its victim is needed
-no later and at least as likely. The disk, where RAM does not hold all experts, is a second such channel before it. The
-predictor works on one request at a time and keeps only the newest that waits.
+first, likeliest expert first. A slot is freed when a transfer begins. A prefetch is held back as long as its victim is
+needed no later and at least as likely. The disk, where RAM does not hold all experts, is a second such channel before
+it. The predictor works on one request at a time and keeps only the newest that waits.
 
 Time is whole nanoseconds and counters are whole numbers, so that sums are exact. Visit n * L + l is layer l of decode
 step n; expert e of layer l is x = l * E + e. Everything compiled stays in this one file: numba's cache notices changes
@@ -60,8 +60,9 @@ LAYERS, EXPERTS, POLICY, HORIZON, BUDGET, HALF_LIFE, TRANSFER, READ, PREDICT, RA
 PLACE, RAM, UNUSED, PINNED, STAMP, NEXT, PROTECTED, SLOT, RAM_STAMP, LAYER = range(10)
 # and rows of `chances_FX`: decayed number of uses, probability at the visit that its layer expects.
 COUNT, P = range(2)
-# Fields of a queued prefetch, rows of `queue_FQ`: expert or -1, visit it is for, whether the disk has read it.
-QUEUE_X, QUEUE_VISIT, QUEUE_READ = range(3)
+# Fields of a queued prefetch, rows of `queue_FQ`: expert or -1, visit it is for, whether the disk has read it, whether
+# it was held back.
+QUEUE_X, QUEUE_VISIT, QUEUE_READ, QUEUE_HELD = range(4)
 
 
 class Machine(NamedTuple):
@@ -144,7 +145,7 @@ def _run(
             experts_FX[RAM, x], experts_FX[RAM_STAMP, x] = HERE, -1 - slot
     demand = np.empty(experts, np.int64)
     places = 2 * experts * (settings[HORIZON] + 2)
-    queue_FQ, queue_p_Q = np.empty((3, places), np.int64), np.empty(places)
+    queue_FQ, queue_p_Q = np.empty((4, places), np.int64), np.empty(places)
     need = np.empty(experts, np.int64)
     shares_SC = np.zeros((sequences, len(totals)))
     before = totals.copy()
@@ -360,19 +361,21 @@ def _start_link(
                 group_L, first_slot_G,
             )  # fmt: skip
             break
+    slot, slot_group = -1, -1
     for q in range(registers[HEAD], registers[TAIL]):
         if chosen >= 0:
             break
         x = queue_FQ[QUEUE_X, q]
         if x < 0 or experts_FX[PLACE, x] != AWAY or (settings[RAM_SLOTS] and experts_FX[RAM, x] != HERE):
             continue
-        slot = _slot(
-            experts_FX[LAYER, x], settings, registers, experts_FX, chances_FX, steps, expected_L, slots_C, key_C,
-            group_L, first_slot_G,
-        )  # fmt: skip
+        if group_L[experts_FX[LAYER, x]] != slot_group:  # the victim is the same for all that share slots
+            slot_group = group_L[experts_FX[LAYER, x]]
+            slot = _slot(
+                experts_FX[LAYER, x], settings, registers, experts_FX, chances_FX, steps, expected_L, slots_C, key_C,
+                group_L, first_slot_G,
+            )  # fmt: skip
         if slot < 0:
             continue
-        queue_FQ[QUEUE_X, q] = -1
         victim, visit = slots_C[slot], queue_FQ[QUEUE_VISIT, q]
         if victim >= 0:
             if settings[POLICY] == BELADY:
@@ -381,8 +384,10 @@ def _start_link(
                 expected = expected_L[experts_FX[LAYER, victim]]
                 sooner = registers[KNOWN] < expected <= visit and chances_FX[P, victim] >= queue_p_Q[q]
             if sooner:
-                totals[HELD_BACK] += 1
+                totals[HELD_BACK] += 1 - queue_FQ[QUEUE_HELD, q]
+                queue_FQ[QUEUE_HELD, q] = 1
                 continue
+        queue_FQ[QUEUE_X, q] = -1
         chosen, chosen_slot, prefetch = x, slot, True
     if chosen < 0:
         return
@@ -496,5 +501,6 @@ def _expect(
             queue_FQ[QUEUE_X, q], queue_p_Q[q] = queue_FQ[QUEUE_X, q - 1], queue_p_Q[q - 1]
             q -= 1
         queue_FQ[QUEUE_X, q], queue_p_Q[q] = layer * experts + expert, p
-        queue_FQ[QUEUE_VISIT, registers[TAIL]], queue_FQ[QUEUE_READ, registers[TAIL]] = visit, 0
+        queue_FQ[QUEUE_VISIT, registers[TAIL]] = visit
+        queue_FQ[QUEUE_READ, registers[TAIL]] = queue_FQ[QUEUE_HELD, registers[TAIL]] = 0
         registers[TAIL] += 1

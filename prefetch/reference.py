@@ -40,6 +40,7 @@ class Prefetch:
     visit: int
     probability: float
     was_read: bool = False
+    was_held_back: bool = False
 
 
 @dataclass
@@ -214,10 +215,11 @@ class Decoding:
             slot = self.slot_for(guess.expert) if fetchable else None
             if slot is None:
                 continue
-            self.queue.remove(guess)
             if self.needed_sooner(self.slots[slot], guess):
-                self.add("held_back")
+                self.add("held_back", not guess.was_held_back)
+                guess.was_held_back = True
                 continue
+            self.queue.remove(guess)
             self.add("prefetched")
             guess.expert.unused = True
             guess.expert.last_use = (self.visit, 0)

@@ -48,6 +48,8 @@ class SimulateSettings:
             raise ConfigurationError(
                 f"--sweep_tokens {self.sweep_tokens}: must not be negative; 0 leaves the sweep out"
             )
+        if self.seed < 0:
+            raise ConfigurationError(f"--seed {self.seed}: must not be negative; give 0 or more")
         if not 0 <= self.threshold <= 1:
             raise ConfigurationError(f"--threshold {self.threshold:g}: is a probability; give a number from 0 to 1")
         for policy in self.policies:

@@ -45,6 +45,8 @@ def simulate(
     timing = Timing.of(model, hardware, settings.precision, min(settings.batch_size, dataset.num_sequences))
     counts = _counts(dataset, predictors, settings.split, notes)
     workload = read_workload(dataset, settings.split, only)
+    if predictors and settings.split in ("train", "all"):
+        notes.append(f"split {settings.split} holds sequences that a predictor given may have been trained on")
     if not workload.decoded:
         notes.append("these traces hold prompts; their tokens are simulated as if they had been decoded one by one")
     simulation = Simulation(
@@ -72,11 +74,15 @@ def simulate(
     assert perfect is not None
     recall = {name: each.guesses.recall(workload.expert_ids_TLK, each.budget) for name, each in prefetchers.items()}
     now = caching if predicted is None else predicted
+    others = [] if predicted is None else [
+        ask(predicted.prefetcher, horizon)
+        for horizon in _other_horizons(dataset, predictors[predicted.prefetcher], settings)
+    ]  # fmt: skip
     changes = what_else(
         simulation,
         now.policy,
         prefetchers.get(now.prefetcher),
-        [] if predicted is None else [ask(predicted.prefetcher, h) for h in _other_horizons(settings, model)],
+        others,
         prefetchers["perfect"],
         prefetchers["oracle"],
     )
@@ -98,7 +104,7 @@ def simulate(
         },
         "rows": [row.figures() | {"over_caching": row.faster_than(caching)} for row in rows],
         "best_caching": caching.policy,
-        "answers": sentences(simulation, caching, predicted, perfect, recall, changes),
+        "answers": sentences(simulation, caching, predicted, _evicting(rows, predicted), perfect, recall, changes),
         "what_else": as_json(changes),
         "sweep": _sweep(simulation, rows, prefetchers, list(predictors), settings) if settings.sweep_tokens else None,
         "notes": notes,
@@ -108,20 +114,26 @@ def simulate(
 def format_result(result: Mapping[str, Any]) -> str:
     """Return the result as text for a terminal: the machine, the table, the three sentences, notes."""
     machine = result["machine"]
+    taking = ", ".join(
+        f"{name} in {each['prediction_us']:.0f} us"
+        for name, each in result["prefetchers"].items()
+        if name not in ("perfect", "oracle")
+    )
     ram = "" if machine["ram_experts"] is None else f", RAM {machine['ram_experts']:,}, the disk the rest"
     return "\n".join(
         [
             f"{result['model_profile']['name']}, {machine['precision']} ({machine['expert_bytes'] / 1e6:.1f} MB an "
             f"expert), on {result['hardware']['name']}: the GPU holds {machine['cache_experts']:,} of "
             f"{machine['experts']:,} experts{ram}; a transfer takes {machine['transfer_us']:.0f} us, a layer "
-            f"computes {machine['layer_us']:.0f} us",
+            f"computes {machine['layer_us']:.0f} us for a token",
             "",
             format_rows(result["rows"]),
             "",
             *result["answers"],
             f"{result['sequences']:,} sequences, {result['tokens']:,} tokens of split {result['split']}, "
-            f"{result['settings']['batch_size']} at once, predictions {result['settings']['horizon']} ahead; the last "
-            f"column compares with caching alone ({result['best_caching']})",
+            f"{result['settings']['batch_size']} at once, predictions {result['settings']['horizon']} ahead"
+            f"{f' ({taking})' if taking else ''}; the last column compares with caching alone "
+            f"({result['best_caching']})",
             *(f"note: {note}" for note in result["notes"]),
         ]
     )
@@ -208,8 +220,18 @@ def _cost_ns(predictor: Predictor, dataset: TraceDataset, settings: SimulateSett
     return round(1000 * prediction_us(predictor, dataset, settings.split, settings.horizon, measure=measure))
 
 
-def _other_horizons(settings: SimulateSettings, model: ModelProfile) -> list[int]:
-    return [h for h in range(1, min(MAX_HORIZON, model.moe_layers - 1) + 1) if h != settings.horizon]
+def _other_horizons(dataset: TraceDataset, predictor: Predictor, settings: SimulateSettings) -> list[int]:
+    """Return the horizons beside the one asked for that the predictor can serve with what these traces hold."""
+    farthest = min(MAX_HORIZON, dataset.spec.num_layers - 1)
+    if "lookahead" in predictor.requires:
+        farthest = min(farthest, dataset.spec.horizons)
+    return [horizon for horizon in range(1, farthest + 1) if horizon != settings.horizon]
+
+
+def _evicting(rows: list[Row], predicted: Row | None) -> Row | None:
+    """Return the row that evicts as the best predictor's does and prefetches nothing, where there is one."""
+    wanted = None if predicted is None else ("none", predicted.policy)
+    return next((row for row in rows if (row.prefetcher, row.policy) == wanted), None)
 
 
 def _machine(simulation: Simulation, settings: SimulateSettings, model: ModelProfile, timing: Timing) -> dict[str, Any]:
@@ -244,7 +266,8 @@ def _sweep(
     contestants: dict[str, tuple[str, Prefetcher | None]] = {}
     for row in best:
         if row is not None:
-            with_it = prefetchers.get(row.prefetcher, alone_with(prefetchers, predictors, row.policy))
+            alone = row.prefetcher == "none"
+            with_it = alone_with(prefetchers, predictors, row.policy) if alone else prefetchers[row.prefetcher]
             part_of_it = None if with_it is None else replace(with_it, guesses=with_it.guesses.of(kept_T))
             contestants[row.prefetcher] = row.policy, part_of_it
     name = best[1].prefetcher if best[1] else "perfect"

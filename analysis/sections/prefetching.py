@@ -27,9 +27,8 @@ NO_SWEEP = Notice(
 )
 PREFETCHERS = {
     "none": "nothing is fetched before a layer needs it: caching alone",
-    "perfect": "guesses that are always right, as many layers ahead as the predictors': what any predictor could reach "
-    "at that distance",
-    "oracle": "always right a whole token ahead: the most that foresight could buy",
+    "perfect": "guesses that are always right, as many layers ahead as the predictors', and cost no time",
+    "oracle": "always right a whole token ahead",
 }
 POLICIES = {
     "lru": "evicts the expert that was used longest ago",

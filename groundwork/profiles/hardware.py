@@ -1,12 +1,13 @@
 """A machine as a simulation sees it: how fast it computes and copies, and how much fits where."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from groundwork.errors import ConfigurationError
 
 _ABOVE_ZERO = ("gpu_memory_gb", "memory_gb_s", "compute_tflops", "link_gb_s", "disk_gb_s", "ram_gb")
+# What lies outside is a slip, and simulated nanoseconds might not fit into 64 bits.
+_LEAST, _MOST, _MOST_US = 1e-3, 1e9, 1e6
 _NOT_NEGATIVE = ("layer_overhead_us", "link_latency_us", "disk_latency_us", "reserved_gb")
 
 
@@ -50,10 +51,10 @@ class HardwareProfile:
     def __post_init__(self) -> None:
         for field in (*_ABOVE_ZERO, *_NOT_NEGATIVE):
             value = getattr(self, field)
-            if not math.isfinite(value) or value < 0 or (value == 0 and field in _ABOVE_ZERO):
-                wanted = "above 0" if field in _ABOVE_ZERO else "of 0 or more"
+            least, most = (_LEAST, _MOST) if field in _ABOVE_ZERO else (0, _MOST_US)
+            if not least <= value <= most:
                 raise ConfigurationError(
-                    f"hardware profile {self.name!r}: {field} is {value:g}; give it a finite number {wanted}"
+                    f"hardware profile {self.name!r}: {field} is {value:g}; give it a number from {least:g} to {most:g}"
                 )
         if self.reserved_gb >= self.gpu_memory_gb:
             raise ConfigurationError(

@@ -95,14 +95,22 @@ def make_sequence(spec: TraceSpec, number: int, tokens: int, phase: int, rng: np
         phase_T=np.full(tokens, phase, dtype=np.uint8),
         expert_ids_TLK=(ids_TLK % spec.num_experts).astype(spec.id_dtype),
         routing_weights_TLK=(weights / weights.sum(axis=2, keepdims=True)).astype(np.float16),
+        lookahead_logits_THLE=(
+            rng.normal(size=(tokens, spec.horizons, spec.num_layers, spec.num_experts)).astype(np.float16)
+            if spec.horizons
+            else None
+        ),
     )
 
 
 @pytest.fixture(scope="session")
 def make_traces(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TraceDataset]:
-    """Returns a function that writes a trace folder of one shard: decoded tokens, or those of prompts."""
+    """Returns a function that writes a trace folder of one shard: decoded tokens, or those of prompts.
 
-    def make(sequences: int = 60, *, decoded: bool = True) -> TraceDataset:
+    `horizons` is how many layers ahead the traces hold lookahead logits, which are random.
+    """
+
+    def make(sequences: int = 60, *, decoded: bool = True, horizons: int = 0) -> TraceDataset:
         run, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
         spec = TraceSpec(
             model_name="tiny",
@@ -116,7 +124,8 @@ def make_traces(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trace
             model_dtype="float32",
             router_dtype="float32",
             plan_fingerprint="tiny",
-            store=("weights",),
+            store=("weights", "lookahead") if horizons else ("weights",),
+            horizons=horizons,
         )
         made = [make_sequence(spec, each, int(rng.integers(6, 20)), int(decoded), rng) for each in range(sequences)]
         planned = PlannedShard(0, 0, sequences, sum(each.num_tokens for each in made))

@@ -38,7 +38,7 @@ def answers(simulation: Simulation, predictor: Prefetcher | None = None, recall:
     predicted = None if predictor is None else row(simulation, "made_up", predictor)
     oracle = perfect_of(simulation, horizon=simulation.workload.shape.num_layers)
     changes = what_else(simulation, "lru", predictor, [], perfect_of(simulation), oracle)
-    return sentences(simulation, caching, predicted, perfect, {"made_up": recall}, changes)
+    return sentences(simulation, caching, predicted, None, perfect, {"made_up": recall}, changes)
 
 
 @pytest.fixture
@@ -81,12 +81,12 @@ def test_a_disk_slower_than_the_link_is_what_limits(make_thrashing: Callable[...
     assert answers(simulation)[0].startswith("What limits this set-up is the disk: ")
 
 
-def test_without_a_predictor_its_most_possible_worth_is_said(make_thrashing: Callable[..., Simulation]) -> None:
+def test_without_a_predictor_what_perfect_ones_would_bring_is_said(make_thrashing: Callable[..., Simulation]) -> None:
     # Each transfer of 150 ns but the first of a sequence, which nothing predicts, is hidden: (150 + 150) * 20 / 3150.
     second = answers(make_thrashing(transfer=150))[1]
     assert second == (
-        "No predictor was given; perfect predictions as far ahead would be 1.90 times as fast as caching alone, which "
-        "is what a predictor is worth here at most."
+        "No predictor was given; perfect predictions as far ahead would be 1.90 times as fast as caching alone, about "
+        "the most that a predictor can add to lru."
     )
 
 
@@ -107,8 +107,20 @@ def test_a_predictor_that_is_too_slow_is_not_worth_it(make_thrashing: Callable[.
     simulation = make_thrashing(transfer=150)
     said = answers(simulation, perfect_of(simulation, predict_ns=10**9))
     assert "is 1.000 times [1.000, 1.000] as fast as lru alone: not worth it, for 100% of its predictions " in said[1]
-    assert "What would change more than prefetching with made_up, in times its tokens per second: " in said[2]
+    assert "What would add to prefetching with made_up, in times its tokens per second: " in said[2]
     assert "per second: predictions that take no time 1.90, " in said[2]
+
+
+@pytest.mark.parametrize(("predict_ns", "said"), [(160, "it is worth it, although"), (270, "a small gain, for")])
+def test_late_predictions_explain_a_small_gain_and_qualify_a_large_one(
+    predict_ns: int, said: str, make_workload: Make, make_timing: Machine
+) -> None:
+    # A token whose expert is there takes 150 ns, too few for a prediction; one that waits for its expert takes 300.
+    ids_TLK = np.concatenate([np.zeros(100, int), np.arange(300) % 16])[:, None, None]
+    simulation = Simulation(make_workload(ids_TLK, 16), make_timing(experts=16, transfer=150), 4)
+    second = answers(simulation, perfect_of(simulation, predict_ns=predict_ns))[1]
+    assert f" as fast as lru alone: {said} " in second
+    assert "% of its predictions come too late; perfect" in second
 
 
 def test_a_predictor_that_is_always_wrong_does_harm(make_thrashing: Callable[..., Simulation]) -> None:
@@ -174,7 +186,7 @@ def test_where_nothing_would_help_that_is_said(random_workload: Make, make_timin
     workload = random_workload([20, 30])
     simulation = Simulation(workload, make_timing(experts=6, expert=0), 18, rate_LE=np.ones((3, 6)))
     assert answers(simulation)[2] == (
-        "Nothing that was tried would change more: neither memory nor link, eviction nor prediction."
+        "Nothing that was tried would be faster: neither memory nor link, eviction nor prediction."
     )
 
 
@@ -183,13 +195,13 @@ def test_what_can_be_had_comes_before_what_gains_nothing_and_what_no_machine_has
 ) -> None:
     last = answers(make_thrashing())[2]
     assert last.startswith(
-        "What would change more than this, in times its tokens per second: experts of half the bytes 1.78, a link "
-        "twice as fast 1.77; no gain from room for twice as many experts; at the limit, "
+        "What would add to caching alone, in times its tokens per second: experts of half the bytes 1.78, a "
+        "link twice as fast 1.77; no gain from room for twice as many experts; at the limit, "
     )
     limit = last.partition("; at the limit, ")[2]
     assert "perfect predictions one layer ahead 1.14" in limit
     assert "the best possible eviction (belady) 1.2" in limit
-    assert "foresight" in limit
+    assert "foresight of a whole token under belady" in limit
 
 
 def test_halving_the_bytes_halves_what_moves_and_what_is_read(make_timing: Machine) -> None:

@@ -18,6 +18,7 @@ from prefetch.settings import SimulateSettings, experts_counted
         ({"batch_size": -2}, "--batch_size -2: must be at least 1"),
         ({"bootstrap": 0}, "--bootstrap 0: must be at least 1"),
         ({"sweep_tokens": -1}, "--sweep_tokens -1: must not be negative; 0 leaves the sweep out"),
+        ({"seed": -1}, "--seed -1: must not be negative; give 0 or more"),
         ({"threshold": 1.5}, "--threshold 1.5: is a probability; give a number from 0 to 1"),
         ({"threshold": float("nan")}, "--threshold nan: is a probability"),
         ({"policies": ("lru", "fifo")}, "--policy fifo: unknown; choose among lru, lfu, lfu_aged, static, guided, bel"),

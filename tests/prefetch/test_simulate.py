@@ -139,7 +139,7 @@ def test_three_sentences_answer_and_name_the_best_predictor(result: dict[str, An
     rows = [row for (name, policy), row in rows_of(result).items() if name == "markov" and policy != "belady"]
     best = max(row["over_caching"]["value"] for row in rows)
     assert f"is {best:.3f} times [" in predictor
-    assert more.startswith("What would change more than prefetching with markov, in times its tokens per second: ")
+    assert more.startswith("What would add to prefetching with markov, in times its tokens per second: ")
     assert {"predictions 2 layers ahead", "predictions 3 layers ahead", "predictions that take no time"} < {
         each["what"] for each in result["what_else"]
     }
@@ -175,11 +175,15 @@ def test_the_text_shows_machine_table_answers_and_notes(result: dict[str, Any]) 
     lines = text.splitlines()
     assert lines[0] == (
         "tiny, bf16 (2.0 MB an expert), on small: the GPU holds 10 of 32 experts; a transfer takes 110 us, a layer "
-        "computes 90 us"
+        "computes 90 us for a token"
     )
     assert lines[2].startswith("prefetcher  policy")
     for sentence in result["answers"]:
         assert sentence in lines
+    assert lines[-2].endswith(
+        "1 at once, predictions 1 ahead (markov in 5 us, frequency in 5 us); the last column compares with caching "
+        f"alone ({result['best_caching']})"
+    )
     assert lines[-1] == "note: by the way"
     disk = format_result({**result, "machine": {**result["machine"], "ram_experts": 20}})
     assert "the GPU holds 10 of 32 experts, RAM 20, the disk the rest; " in disk
@@ -192,10 +196,20 @@ def test_the_same_inputs_give_the_same_result(
     assert json.dumps(again) == json.dumps(result)
 
 
+def test_horizons_that_the_traces_can_not_serve_are_not_tried(make_traces: Callable[..., TraceDataset]) -> None:
+    traces = make_traces(horizons=1)
+    found = simulate(traces, {"gate_lookahead": create("gate_lookahead").fit(traces)}, TINY, SMALL, FREE)
+    assert found["prefetchers"]["gate_lookahead"]["horizon"] == 1
+    tried = [each["what"] for each in found["what_else"] if each["what"].startswith("predictions ")]
+    assert tried == []
+    farther = simulate(traces, {"repeat": create("repeat").fit(traces)}, TINY, SMALL, FREE)["what_else"]
+    assert {"predictions 2 layers ahead", "predictions 3 layers ahead"} <= {each["what"] for each in farther}
+
+
 def test_without_a_predictor_caching_and_foresight_remain(dataset: TraceDataset) -> None:
     found = simulate(dataset, {}, TINY, SMALL, replace(QUICK, sweep_tokens=40))
     assert {row["prefetcher"] for row in found["rows"]} == {"none", "perfect", "oracle"}
-    assert not any(row["policy"] == "guided" for row in found["rows"])
+    assert {row["prefetcher"] for row in found["rows"] if row["policy"] == "guided"} == {"perfect", "oracle"}
     assert found["answers"][1].startswith("No predictor was given; perfect predictions as far ahead would be ")
     assert set(found["sweep"]["policies"]) == {"none", "perfect", "oracle"}
     assert found["sweep"]["break_even_policy"] == found["sweep"]["policies"]["perfect"]
@@ -274,7 +288,7 @@ def test_a_cache_whose_uses_are_unknown_starts_empty_and_says_so(
     dataset: TraceDataset, predictors: dict[str, Predictor]
 ) -> None:
     found = simulate(dataset, {}, TINY, SMALL, replace(QUICK, split="all"))
-    assert {row["policy"] for row in found["rows"]} == {"lru", "lfu", "lfu_aged", "belady"}
+    assert {row["policy"] for row in found["rows"]} == {"lru", "lfu", "lfu_aged", "guided", "belady"}
     assert found["notes"] == [
         "which experts are used most is not known without the sequences simulated, so the cache starts empty and "
         "policy static is left out; a predictor folder with counts would tell"
@@ -290,7 +304,8 @@ def test_a_predictor_s_folder_knows_which_experts_are_used_most(dataset: TraceDa
     found = simulate(dataset, {"markov": markov}, TINY, SMALL, replace(FREE, split="all"))
     assert "static" in {row["policy"] for row in found["rows"]}
     assert found["notes"] == [
-        "the cache starts with the experts used most where a predictor given was trained, not in the whole train split"
+        "the cache starts with the experts used most where a predictor given was trained, not in the whole train split",
+        "split all holds sequences that a predictor given may have been trained on",
     ]
 
 

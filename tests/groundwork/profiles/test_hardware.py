@@ -1,5 +1,6 @@
 """The machines: values no machine has are refused, and the packaged ones say where their numbers are from."""
 
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -26,14 +27,16 @@ def test_the_machines_of_the_documentation_are_packaged():
 
 
 @pytest.mark.parametrize("field", NUMBERS)
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 1e10])
 def test_a_number_that_no_machine_has_is_refused_by_name(field, value):
-    with pytest.raises(ConfigurationError, match=f"'RTX 3090': {field} is {value:g}; give it a finite number"):
+    with pytest.raises(
+        ConfigurationError, match=f"'RTX 3090': {field} is {re.escape(f'{value:g}')}; give it a number from "
+    ):
         replace(MACHINE, **{field: value})
 
 
 def test_rates_and_memory_must_be_above_zero_and_latencies_need_not():
-    with pytest.raises(ConfigurationError, match="link_gb_s is 0; give it a finite number above 0"):
+    with pytest.raises(ConfigurationError, match=r"link_gb_s is 0; give it a number from 0\.001 to 1e\+09"):
         replace(MACHINE, link_gb_s=0.0)
     instant = replace(MACHINE, link_latency_us=0.0, layer_overhead_us=0.0, reserved_gb=0.0)
     assert instant.link_latency_s == 0

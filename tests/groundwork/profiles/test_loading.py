@@ -41,7 +41,7 @@ def test_a_model_written_to_a_file_reads_back_equal(name, tmp_path):
     assert model_profile(str(written(tmp_path, profile_toml(profile)))) == profile
 
 
-@given(text=st.text(), rate=st.floats(min_value=1e-300, max_value=1e300))
+@given(text=st.text(), rate=st.floats(min_value=1e-3, max_value=1e9))
 def test_any_text_and_any_rate_survive_a_file(text, rate, tmp_path_factory):
     profile = replace(MACHINE, name=text, source=text, link_gb_s=rate)
     file = tmp_path_factory.mktemp("any") / "mine.toml"
@@ -95,7 +95,7 @@ def test_a_model_without_a_profile_is_refused_with_the_flag(trace):
         (("\nlink_gb_s", "\nlink_gbs"), "key 'link_gbs' is unknown; the keys are name, source"),
         (("link_gb_s = 12.5", "link_gb_s = true"), "link_gb_s is True; write a number there"),
         (("link_gb_s = 12.5", "link_gb_s = '12'"), "link_gb_s is '12'; write a number there"),
-        (("link_gb_s = 12.5", "link_gb_s = inf"), "link_gb_s is inf; give it a finite number above 0"),
+        (("link_gb_s = 12.5", "link_gb_s = inf"), "link_gb_s is inf; give it a number from "),
         (("link_gb_s = 12.5", "link_gb_s = 1" + "0" * 400), "link_gb_s is too large for a number"),
         (("link_gb_s = 12.5", "link_gb_s = 1" + "0" * 9000), "not TOML"),
         (("name = ", "name = 5 #"), "name is 5; write a text there"),
