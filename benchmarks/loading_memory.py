@@ -22,45 +22,57 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import MixtralConfig, PreTrainedTokenizerFast
 
-EXPERTS, WIDTH, INTERMEDIATE = 8, 1024, 3584  # a quarter of Mixtral-8x7B's widths
-EXPERT_MATRICES = {"w1": (INTERMEDIATE, WIDTH), "w2": (WIDTH, INTERMEDIATE), "w3": (INTERMEDIATE, WIDTH)}
-ATTENTION = {"q": WIDTH, "k": WIDTH // 4, "v": WIDTH // 4, "o": WIDTH}
+EXPERTS, HEAD, WIDTH, INTERMEDIATE = 8, 64, 1024, 3584  # a quarter of Mixtral-8x7B's widths
+VOCABULARY = 512
 
 
-def write_checkpoint(folder: Path, gigabytes: float) -> None:
-    """Write the model in a file for each layer, never holding more than one."""
-    layers = max(2, round(gigabytes * 1e9 / (2 * EXPERTS * 3 * WIDTH * INTERMEDIATE)))
-    generator = torch.Generator().manual_seed(0)
+def write_checkpoint(
+    folder: Path,
+    gigabytes: float,
+    width: int = WIDTH,
+    intermediate: int = INTERMEDIATE,
+    vocabulary: int = VOCABULARY,
+    head: int = HEAD,
+    device: str = "cpu",
+) -> None:
+    """Write the model in a file for each layer, never holding more than one; random weights come from `device`."""
+    layers = max(2, round(gigabytes * 1e9 / (2 * EXPERTS * 3 * width * intermediate)))
+    generator = torch.Generator(device).manual_seed(0)
+    expert_matrices = {"w1": (intermediate, width), "w2": (width, intermediate), "w3": (intermediate, width)}
+    attention = {"q": width, "k": width // 4, "v": width // 4, "o": width}
 
     def random(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, generator=generator) * 0.02).to(torch.bfloat16)
+        return (torch.randn(shape, generator=generator, device=device) * 0.02).to(torch.bfloat16).cpu()
 
     weight_map: dict[str, str] = {}
     for number in range(-1, layers):
         name, tensors = f"model-{number:05d}.safetensors", {}
         if number < 0:
-            tensors = {"model.embed_tokens.weight": random(512, WIDTH), "lm_head.weight": random(512, WIDTH)}
-            tensors["model.norm.weight"] = torch.ones(WIDTH, dtype=torch.bfloat16)
+            tensors = {
+                "model.embed_tokens.weight": random(vocabulary, width),
+                "lm_head.weight": random(vocabulary, width),
+            }
+            tensors["model.norm.weight"] = torch.ones(width, dtype=torch.bfloat16)
         else:
             layer = f"model.layers.{number}"
-            for part, rows in ATTENTION.items():
-                tensors[f"{layer}.self_attn.{part}_proj.weight"] = random(rows, WIDTH)
+            for part, rows in attention.items():
+                tensors[f"{layer}.self_attn.{part}_proj.weight"] = random(rows, width)
             for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"{layer}.{norm}.weight"] = torch.ones(WIDTH, dtype=torch.bfloat16)
-            tensors[f"{layer}.block_sparse_moe.gate.weight"] = random(EXPERTS, WIDTH)
+                tensors[f"{layer}.{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
+            tensors[f"{layer}.block_sparse_moe.gate.weight"] = random(EXPERTS, width)
             for expert in range(EXPERTS):
-                for part, shape in EXPERT_MATRICES.items():
+                for part, shape in expert_matrices.items():
                     tensors[f"{layer}.block_sparse_moe.experts.{expert}.{part}.weight"] = random(*shape)
         save_file(tensors, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     MixtralConfig(
-        vocab_size=512,
-        hidden_size=WIDTH,
-        intermediate_size=INTERMEDIATE,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=4,
+        num_attention_heads=width // head,
+        num_key_value_heads=width // head // 4,
         num_local_experts=EXPERTS,
         dtype="bfloat16",
         architectures=["MixtralForCausalLM"],

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from collection.hidden import HiddenSample
-from collection.pass_state import WORKING_FOLDER, PassState
+from collection.output import Output
+from collection.passes import SHARE_FOR_STATES
 from collection.plan import Layout, WeightsDigest, weights_digest
 from collection.probing import fitting_batch_tokens
 from collection.running import BatchRunner
@@ -27,21 +28,21 @@ from moe.streaming.tracer import StreamedTracer
 from traces.plan import Plan
 from traces.schema import HIDDEN
 
-_SHARE_FOR_STATES = 0.5  # of the host memory that is free once the model has been looked through
-
 
 @dataclass(frozen=True)
 class Execution:
     """A model that is ready to be traced.
 
-    `weights` is the digest of its weights; `write_shards(run_dir, plan, layout, finished, text)` writes the shards that
-    are not finished; `fitting_batch_tokens(layout)` probes for the largest batch.
+    `weights` is the digest of its weights; `steps` is how often each token is counted as done;
+    `write_shards(run_dir, plan, layout, finished, text, output)` writes the shards that are not finished;
+    `fitting_batch_tokens(layout)` probes for the largest batch.
     """
 
     loaded: LoadedModel
     routers: RouterLayout
     weights: str
-    write_shards: Callable[[Path, Plan, Layout, set[int], TokenText], None]
+    steps: int
+    write_shards: Callable[[Path, Plan, Layout, set[int], TokenText, Output], None]
     fitting_batch_tokens: Callable[[Layout], int]
 
 
@@ -60,11 +61,12 @@ def resident(settings: CollectSettings, layout: Layout) -> Iterator[Execution]:
             hidden=_hidden(settings, layout),
         )
 
-        def write(run_dir: Path, plan: Plan, layout: Layout, finished: set[int], text: TokenText) -> None:
-            PassState.clear(run_dir / WORKING_FOLDER)  # of a streamed run that is continued here
-            trace_shards(run_dir, plan, layout, finished, runner, text)
+        def write(
+            run_dir: Path, plan: Plan, layout: Layout, finished: set[int], text: TokenText, output: Output
+        ) -> None:
+            trace_shards(run_dir, plan, layout, finished, runner, text, output)
 
-        yield Execution(loaded, routers, weights, write, lambda layout: fitting_batch_tokens(runner, layout))
+        yield Execution(loaded, routers, weights, 1, write, lambda layout: fitting_batch_tokens(runner, layout))
 
 
 @contextmanager
@@ -77,16 +79,18 @@ def streamed(settings: CollectSettings, layout: Layout) -> Iterator[Execution]:
     with StreamedTracer(layered, *_recording(settings), visit=visit) as tracer:
         given = settings.memory_budget_gb
         free = free_memory_bytes(torch.device("cpu"))
-        budget = int(_SHARE_FOR_STATES * free if given is None else given * 1e9)
+        budget = int(SHARE_FOR_STATES * free if given is None else given * 1e9)
 
-        def write(run_dir: Path, plan: Plan, layout: Layout, finished: set[int], text: TokenText) -> None:
+        def write(
+            run_dir: Path, plan: Plan, layout: Layout, finished: set[int], text: TokenText, output: Output
+        ) -> None:
             hidden, tokens = _hidden(settings, layout), settings.pass_tokens
-            ShardStreamer(run_dir, plan, layout, tracer, hidden, tokens, budget).write_shards(finished, text)
+            ShardStreamer(run_dir, plan, layout, tracer, hidden, tokens, budget, output).write_shards(finished, text)
 
         def refuse(layout: Layout) -> int:
             raise AssertionError("CollectSettings refuses to probe for a batch there")
 
-        yield Execution(loaded, layered.layout, weights.hexdigest(), write, refuse)
+        yield Execution(loaded, layered.layout, weights.hexdigest(), tracer.num_layers, write, refuse)
 
 
 EXECUTIONS = {"resident": resident, "streamed": streamed}

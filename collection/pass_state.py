@@ -22,7 +22,7 @@ from torch import Tensor
 from groundwork.atomic import fsync_folder, write_json
 from groundwork.errors import ConfigurationError
 
-WORKING_FOLDER = Path(".tmp") / "pass"  # in the run's folder
+WORKING_FOLDER = Path(".tmp") / "pass"  # in the run's folder; where several workers share it, pass-<attempt>
 _PROGRESS = "progress.json"
 
 
@@ -131,6 +131,11 @@ class PassState:
         except (OSError, SafetensorError, ValueError) as error:
             raise _damaged(path, self.folder, error) from error
         return tensors
+
+
+def state_folders(run_dir: Path) -> list[Path]:
+    """Return the folders of all passes that a run has left."""
+    return sorted((run_dir / WORKING_FOLDER).parent.glob(f"{WORKING_FOLDER.name}*/"))
 
 
 def _name(block: int) -> str:

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 from collection.batching import preset_batch_tokens
 from collection.datasets import Source, keep_revisions, resolve
+from collection.forecast import choose_execution, foresee, possible_executions
 from collection.plan import Layout, lay_out, texts_digests
 from collection.sampling import Draw, draw
 from collection.settings import CollectSettings
@@ -16,7 +17,7 @@ from groundwork.errors import ConfigurationError, IncompleteError
 from groundwork.hardware import choose_device
 from groundwork.progress import log
 from groundwork.provenance import library_versions
-from moe.load import DTYPES, Loading, describe_model, foresee_loading, load_tokenizer
+from moe.load import DTYPES, Loading, describe_model, load_tokenizer
 from moe.quantize import MODES
 from moe.source import find_source
 from traces.plan import PLAN_NAME, Plan
@@ -71,15 +72,8 @@ def prepare(settings: CollectSettings) -> Prepared:
     identity = _identity(settings, model, device, sources)
     if saved:
         refuse_changes(run_dir, saved, {name: value for name, value in identity.items() if name != "execution"})
-    loading = foresee_loading(
-        settings.model,
-        device=settings.device,
-        dtype=settings.dtype,
-        quantization=settings.quantization,
-        attn_implementation=settings.attn_implementation,
-        experts_implementation=settings.experts_implementation,
-        streamed=settings.execution == "streamed",
-    )
+    settings, loading = _settle_execution(settings)
+    identity["execution"] = settings.execution
     draws = draw(sources, load_tokenizer(settings.model), settings)
     if not any(each.sequences for each in draws):
         raise IncompleteError(f"{run_dir}: nothing was written, for there are {shortfall(draws)}")
@@ -114,10 +108,25 @@ def _say_what_has_no_effect(settings: CollectSettings, run_dir: Path, saved: Pla
         log(f"--temperature {settings.temperature:g} has no effect without --generate")
     if settings.lookahead_norm != CollectSettings.lookahead_norm and not settings.horizons:
         log(f"--lookahead_norm {settings.lookahead_norm} has no effect without --lookahead")
-    if settings.execution != "streamed":
+    if settings.execution == "resident":
         for name in ("pass_tokens", "memory_budget_gb"):
             if getattr(settings, name) != getattr(CollectSettings, name):
                 log(f"--{name} {getattr(settings, name):g} has no effect without --execution streamed")
+
+
+def _settle_execution(settings: CollectSettings) -> tuple[CollectSettings, Loading]:
+    """Return the settings with their execution chosen, and how the model is loaded in it."""
+    if settings.execution != "auto":
+        return settings, foresee(settings, settings.execution)
+    possible = possible_executions(settings)
+    execution = choose_execution(possible)
+    if execution == "streamed":
+        whole = possible["resident"].loading
+        log(
+            f"--execution auto: the model takes {whole.needed / 1e9:.1f} GB of {whole.free / 1e9:.1f} GB that are free "
+            f"on {whole.device}, so it is streamed, one layer at a time"
+        )
+    return replace(settings, execution=execution), possible[execution].loading
 
 
 def _refuse_other_texts(run_dir: Path, saved: Plan, digests: dict[str, str]) -> None:
@@ -139,6 +148,7 @@ def _keep_decisions(settings: CollectSettings, saved: Plan) -> CollectSettings:
     checkpoint that is quantised already, the experts of one that is quantised on loading).
     """
     auto = {
+        "execution": ("auto", ("resident", "streamed")),
         "quantization": ("auto", MODES),
         "dtype": ("auto", DTYPES),
         "device": ("auto", ("cpu", "mps")),

@@ -1,6 +1,7 @@
 """What a collection run is told: every option of `collect`, checked when the settings are made."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,8 @@ from collection.passes import PASS_TOKENS
 from groundwork.errors import ConfigurationError
 from traces.schema import HIDDEN, LOOKAHEAD_NORMS, OPTIONAL_COLUMNS
 
-EXECUTIONS = ("resident", "streamed")
+EXECUTIONS = ("auto", "resident", "streamed")
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,14 @@ class CollectSettings:
     that column alone stands for H = 1; `lookahead_norm` is what ResidentTracer says of it. `sample_hidden` is the share
     of tokens that carry what the routers read. A streamed `execution` takes whole shards of about `pass_tokens` through
     the layers together, and keeps hidden states of `memory_budget_gb` (10**9 bytes) in host memory, or of half of what
-    is free there, and the others on disk.
+    is free there, and the others on disk; `auto` is resident where the model fits, else streamed. To `measure` is to
+    read and run a few layers of the model first, and so tell how long the run will take.
     """
 
     model: str = "models/mini-mixtral"
     quantization: str = "none"
     execution: str = "resident"
+    measure: bool = False
     pass_tokens: int = PASS_TOKENS
     memory_budget_gb: float | None = None
     datasets: str = "installed"
@@ -51,11 +55,14 @@ class CollectSettings:
     sample_hidden: float = 0.0
     seed: int = 0
     resume: bool = False
+    engine: str = "local"
+    workers: int | None = None
     attn_implementation: str | None = None
     experts_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target_traces", "max_length", "min_tokens", "batch_size", "batch_tokens", "pass_tokens"):
+        counts = ("target_traces", "max_length", "min_tokens", "batch_size", "batch_tokens", "pass_tokens", "workers")
+        for name in counts:
             value = getattr(self, name)
             if value not in (None, "auto") and value < 1:
                 raise ConfigurationError(f"--{name} {value}: must be at least 1; give a larger number")
@@ -95,7 +102,19 @@ class CollectSettings:
             )
         if self.execution not in EXECUTIONS:
             raise ConfigurationError(f"--execution {self.execution}: unknown; use {', '.join(EXECUTIONS)}")
+        if self.engine not in ENGINES:
+            raise ConfigurationError(f"--engine {self.engine}: unknown; use {', '.join(ENGINES)}")
         self._check_streamed()
+        self._check_output()
+
+    def _check_output(self) -> None:
+        url = re.match(r"[a-z][a-z0-9+.-]+:/+", str(self.output_dir or ""))  # Path has made one slash of two
+        if url:
+            raise ConfigurationError(
+                f"--output_dir {self.output_dir}: is an address, and shards are put in place by renaming, which object "
+                "stores can not do; give a folder of a file system, shared by all machines, and copy the run there "
+                "when it is done"
+            )
         if self.output_suffix is not None:
             if self.output_dir is not None:
                 raise ConfigurationError(
@@ -114,16 +133,30 @@ class CollectSettings:
                 f"--memory_budget_gb {budget:g}: must not be negative; give the gigabytes of host memory for hidden "
                 "states, or 0 to keep them all on disk"
             )
-        if self.execution == "streamed" and self.generate:
+        if self.execution == "streamed":
+            refusal = self.refusal_of("streamed")
+            if refusal is not None:
+                raise refusal
+
+        if self.measure and self.generate:
             raise ConfigurationError(
+                f"--measure: times whole texts, not tokens one by one as --generate {self.generate} decodes them; "
+                "leave one of the two out"
+            )
+
+    def refusal_of(self, execution: str) -> ConfigurationError | None:
+        """Return why these options can not be had in an execution; None where they can."""
+        if execution == "streamed" and self.generate:
+            return ConfigurationError(
                 f"--generate {self.generate}: decodes token by token, which would read the whole model for each; "
                 "use --execution resident"
             )
-        if self.execution == "streamed" and self.batch_size == "auto":
-            raise ConfigurationError(
+        if execution == "streamed" and self.batch_size == "auto":
+            return ConfigurationError(
                 "--batch_size auto: runs batches through the whole model, which --execution streamed never holds; give "
                 "--batch_tokens, or leave both out"
             )
+        return None
 
     @property
     def columns(self) -> tuple[str, ...]:

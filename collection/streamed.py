@@ -15,22 +15,20 @@ from torch import Tensor
 
 from collection.hidden import HiddenSample
 from collection.layer_running import LayerRunner
-from collection.pass_state import WORKING_FOLDER, BlockResult, PassState
-from collection.passes import cut_passes
+from collection.output import LOCAL, Bar, Output
+from collection.pass_state import BlockResult, PassState
+from collection.passes import BLOCK_TOKENS, cut_passes
 from collection.plan import Layout
 from collection.tokens import TokenText
 from collection.writing import Routed, write_shards
 from groundwork.background import Background
 from groundwork.errors import ConfigurationError
 from groundwork.interrupt import finishing_steps
-from groundwork.progress import Progress, progress
 from moe.streaming.captured import unpack
 from moe.streaming.tracer import StreamedTracer
 from traces.plan import Plan, PlannedShard
 from traces.run_folder import SPARE_SPACE
 from traces.schema import decoded_bytes_per_token
-
-_BLOCK_TOKENS = 2**14  # padded; the batches whose tensors share a file, and are in memory beyond the budget
 
 
 class ShardStreamer:
@@ -49,11 +47,12 @@ class ShardStreamer:
         hidden: HiddenSample | None,
         pass_tokens: int,
         memory_budget: int,
+        output: Output = LOCAL,
     ) -> None:
         self._run_dir, self._plan, self._layout = run_dir, plan, layout
         self._tracer, self._runner = tracer, LayerRunner(tracer, layout, hidden)
         self._pass_tokens, self._budget = pass_tokens, memory_budget
-        self._folder = run_dir / WORKING_FOLDER
+        self._folder, self._output = run_dir / output.working, output
         shard_of = plan.sequences["shard"].to_numpy()
         self._batches: dict[int, list[int]] = {shard.index: [] for shard in plan.shards}
         for number, batch in enumerate(layout.batches):
@@ -71,11 +70,10 @@ class ShardStreamer:
         passes = ([begun] if begun else []) + cut_passes(left.values(), self._pass_tokens)
         self._check_free_space(passes)
         layers = self._tracer.num_layers
-        bar: Progress[None] = progress(
-            total=sum(shard.num_tokens for shards in passes for shard in shards) * layers,
-            description="tracing",
-            unit="token-layer",
-            done=sum(shard.num_tokens for shard in begun) * (state.layers if state else 0),
+        bar = self._output.bar(
+            sum(shard.num_tokens for shards in passes for shard in shards) * layers,
+            "token-layer",
+            sum(shard.num_tokens for shard in begun) * (state.layers if state else 0),
         )
         with bar, finishing_steps() as step_done:
             for shards in passes:
@@ -102,9 +100,7 @@ class ShardStreamer:
                 f"{free / 1e9:.2f} GB are free; free some, lower --pass_tokens, or make smaller shards in a new run"
             )
 
-    def _run_layers(
-        self, state: PassState, blocks: list[list[int]], bar: Progress[None], step_done: Callable[[], None]
-    ) -> None:
+    def _run_layers(self, state: PassState, blocks: list[list[int]], bar: Bar, step_done: Callable[[], None]) -> None:
         """Take all batches through the layers that are not finished, one layer at a time."""
         kept = KeptStates(self._budget)
         self._runner.notes = dict(state.notes)
@@ -138,7 +134,7 @@ class ShardStreamer:
     ) -> None:
         """Write the shards of a pass that has finished all layers."""
         wanted = {number for shard in shards for number in self._batches[shard.index]}
-        write = partial(write_shards, self._run_dir, self._plan.spec, shards, self._layout, text)
+        write = partial(write_shards, self._run_dir, self._plan.spec, shards, self._layout, text, output=self._output)
         layout = self._tracer.layout
         with Background(write) as writing:
             for block, numbers in enumerate(blocks):
@@ -161,7 +157,7 @@ class ShardStreamer:
             padded = len(lengths) * max(lengths)
             if not blocks or padded > room:
                 blocks.append([])
-                room = _BLOCK_TOKENS
+                room = BLOCK_TOKENS
             blocks[-1].append(number)
             room -= padded
         return blocks

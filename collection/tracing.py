@@ -10,6 +10,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from collection.output import LOCAL, Output
 from collection.plan import Layout
 from collection.running import BatchRunner, is_out_of_memory, release_memory
 from collection.tokens import TokenText
@@ -17,13 +18,19 @@ from collection.writing import Routed, write_shards
 from groundwork.background import Background
 from groundwork.errors import ExpertSpeculationError
 from groundwork.interrupt import finishing_steps
-from groundwork.progress import Progress, log, progress
+from groundwork.progress import log
 from moe.passes import BatchRouting
 from traces.plan import Plan
 
 
 def trace_shards(
-    run_dir: Path, plan: Plan, layout: Layout, finished: set[int], runner: BatchRunner, text: TokenText
+    run_dir: Path,
+    plan: Plan,
+    layout: Layout,
+    finished: set[int],
+    runner: BatchRunner,
+    text: TokenText,
+    output: Output = LOCAL,
 ) -> None:
     """Write every shard that is not `finished`; the caller holds the folder.
 
@@ -36,10 +43,8 @@ def trace_shards(
         for index, group in groupby(layout.batches, key=lambda batch: shard_of[batch[0]])
         if index not in finished
     }
-    bar: Progress[None] = progress(
-        total=sum(shard.num_tokens for shard in batches), description="tracing", unit="token"
-    )
-    write = partial(write_shards, run_dir, plan.spec, list(batches), layout, text)
+    bar = output.bar(sum(shard.num_tokens for shard in batches), "token", 0)
+    write = partial(write_shards, run_dir, plan.spec, list(batches), layout, text, output=output)
     with bar, finishing_steps() as step_done, Background(write) as writing:
         for shard, own in batches.items():
             for batch in own:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from collection.output import LOCAL, Output
 from collection.plan import Layout
 from collection.tokens import TokenText
 from moe.passes import BatchRouting
@@ -30,6 +31,7 @@ def write_shards(
     layout: Layout,
     text: TokenText,
     batches: Iterator[Routed],
+    output: Output = LOCAL,
 ) -> None:
     """Write `shards` from their batches, each sequence as soon as its turn comes; the caller holds the folder.
 
@@ -39,7 +41,7 @@ def write_shards(
         waiting: dict[int, SequenceTrace] = {}  # bounded by the windows that batches are cut from
         due, withheld = shard.first_sequence, 0
         notes: list[str] = []
-        with ShardWriter(run_dir, spec, shard) as writer:
+        with ShardWriter(run_dir, spec, shard, attempt=output.attempt) as writer:
             while due < shard.stop_sequence:
                 batch = next(batches)
                 notes += [batch.note] if batch.note else []
@@ -56,7 +58,7 @@ def write_shards(
                     f"generation: {withheld} of {count} sequences would have ended earlier; the tokens that end a text "
                     "were withheld"
                 )
-            writer.commit(notes)
+            output.commit(writer, notes)
 
 
 def _cut(

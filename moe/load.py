@@ -21,7 +21,7 @@ from moe.quantizable import check_quantizable, quantized_bytes, two_layers_bytes
 from moe.routers import RouterLayout
 from moe.source import Source, find_source, quiet, read_tokenizer, refusing, require_safetensors
 
-_SHARE_FOR_WEIGHTS = 0.9  # of the free memory; the rest is for activations
+SHARE_FOR_WEIGHTS = 0.9  # of the free memory; the rest is for activations
 
 __all__ = ["DTYPES", "LoadedModel", "describe_model", "foresee_loading", "load_model", "load_tokenizer", "read_weights"]
 
@@ -39,6 +39,14 @@ class Loading:
     stored: str | None
     needed: int
     free: int
+
+
+class TooLargeError(ConfigurationError):
+    """The model does not fit in the device's free memory; `loading` is how it would have been loaded."""
+
+    def __init__(self, message: str, loading: Loading) -> None:
+        super().__init__(message)
+        self.loading = loading
 
 
 @dataclass
@@ -234,9 +242,10 @@ def _settle_quantization(
             remedy = f"use --quantization {smaller[0]}{of_original}, "
         elif needed[least] < size:
             remedy = f"even --quantization {least} needs {needed[least] / 1e9:.1f} GB{of_original}; use "
-        raise ConfigurationError(
+        raise TooLargeError(
             f"{source.folder}: needs {size / 1e9:.1f} GB as {_spoken(asked, sketch)}, and {device} has "
-            f"{free / 1e9:.1f} GB free; {remedy}a smaller model or a device with more memory"
+            f"{free / 1e9:.1f} GB free; {remedy}a smaller model or a device with more memory",
+            Loading(source, device, asked, kept, size, free),
         )
     return Loading(source, device, asked, kept, size, free)
 
@@ -249,17 +258,18 @@ def _settle_streamed(
         check_quantizable(sketch, layout, mode, device)
     free, needed = free_memory_bytes(device), two_layers_bytes(sketch, layout, mode)
     if needed > free:
-        raise ConfigurationError(
+        raise TooLargeError(
             f"{source.folder}: --execution streamed needs {needed / 1e9:.1f} GB, two layers and what lies outside of "
             f"layers as {_spoken(mode, sketch)}, and {device} has {free / 1e9:.1f} GB free; free memory, quantise, or "
-            "use a smaller model"
+            "use a smaller model",
+            Loading(source, device, mode, kept, needed, free),
         )
     return Loading(source, device, mode, kept, needed, free)
 
 
 def most_precise(needed: dict[str, int], free: int) -> str:
     """Return the first mode of mode -> bytes that fits into nine tenths of the free bytes; none where none does."""
-    return next((mode for mode, size in needed.items() if size <= _SHARE_FOR_WEIGHTS * free), "none")
+    return next((mode for mode, size in needed.items() if size <= SHARE_FOR_WEIGHTS * free), "none")
 
 
 def _spoken(mode: str, sketch: PreTrainedModel) -> str:

@@ -26,16 +26,24 @@ def quantized_bytes(model: PreTrainedModel, layout: RouterLayout) -> dict[str, i
 
 def two_layers_bytes(model: PreTrainedModel, layout: RouterLayout, mode: str) -> int:
     """Return the bytes of all that lies outside of `model`'s layers, and twice those of its largest one, in a mode."""
+    outside, layers = bytes_by_layer(model, layout, mode)
+    return outside + 2 * max(layers)
+
+
+def bytes_by_layer(model: PreTrainedModel, layout: RouterLayout, mode: str) -> tuple[int, list[int]]:
+    """Return the bytes of all that lies outside of `model`'s layers, and of each layer, in a mode."""
     split = find_split(model, layout) if mode in _MATRIX_BYTES else None
     matrices = _quantized_matrices(model, layout, split) if split else {}
     place = layout.place
-    by_layer: dict[str, int] = {}
+    outside, layers = 0, [0] * len(list(model.get_submodule(place).children()))
     for name, parameter in model.named_parameters():
         count, rows, columns = matrices.get(id(parameter), (0, 0, 0))
         size = count * _MATRIX_BYTES[mode](rows, columns) if count else parameter.nbytes
-        layer = name.removeprefix(f"{place}.").partition(".")[0] if name.startswith(f"{place}.") else ""
-        by_layer[layer] = by_layer.get(layer, 0) + size
-    return by_layer.pop("", 0) + 2 * max(by_layer.values())
+        if name.startswith(f"{place}."):
+            layers[int(name.removeprefix(f"{place}.").partition(".")[0])] += size
+        else:
+            outside += size
+    return outside, layers
 
 
 def check_quantizable(model: PreTrainedModel, layout: RouterLayout, mode: str, device: torch.device) -> None:

@@ -59,15 +59,21 @@ def writing(run_dir: Path) -> Iterator[None]:
     Raises ConfigurationError where another process holds it, ExpertSpeculationError where anything that is written
     within meets a full disk: plan, shard, manifest or card.
     """
-    with lock_run(run_dir):
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in NO_SPACE:
-                raise
-            raise ExpertSpeculationError(
-                f"{run_dir}: can not be written ({error.strerror}); free disk space and run again with --resume"
-            ) from error
+    with lock_run(run_dir), saying_disk_full(run_dir):
+        yield
+
+
+@contextlib.contextmanager
+def saying_disk_full(run_dir: Path) -> Iterator[None]:
+    """Turn an OSError of a full disk into an ExpertSpeculationError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise ExpertSpeculationError(
+            f"{run_dir}: can not be written ({error.strerror}); free disk space and run again with --resume"
+        ) from error
 
 
 def begin(run_dir: Path, plan: Plan, *, resume: bool) -> tuple[Plan, set[int]]:

@@ -37,7 +37,7 @@ from traces.schema import (
     decoded_bytes_per_token,
 )
 
-__all__ = ["ROW_GROUP_BYTES", "ShardWriter", "file_sha256", "lock_run"]
+__all__ = ["ROW_GROUP_BYTES", "ShardWriter", "file_sha256", "list_shard", "lock_run"]
 
 ROW_GROUP_TOKENS = 65536  # 32-64k tokens read fastest (docs/TRACE_FORMAT.md)
 
@@ -45,17 +45,25 @@ ROW_GROUP_TOKENS = 65536  # 32-64k tokens read fastest (docs/TRACE_FORMAT.md)
 class ShardWriter:
     """Writes the sequences of one planned shard, in order; leaving the `with` block without `commit()` discards them.
 
-    The caller holds `lock_run(run_dir)`. Raises ValueError when a sequence does not fit the spec or the plan. A row
-    group holds whole sequences, `row_group_tokens` or fewer unless a single sequence is longer, and at most
-    ROW_GROUP_BYTES.
+    The caller holds `lock_run(run_dir)`, or its writer hands the shard to the process that does (`finish`), and then
+    `attempt` makes the temporary file's name one that no other writer of the shard has. Raises ValueError when a
+    sequence does not fit the spec or the plan. A row group holds whole sequences, `row_group_tokens` or fewer unless a
+    single sequence is longer, and at most ROW_GROUP_BYTES.
     """
 
     def __init__(
-        self, run_dir: Path, spec: TraceSpec, planned: PlannedShard, *, row_group_tokens: int = ROW_GROUP_TOKENS
+        self,
+        run_dir: Path,
+        spec: TraceSpec,
+        planned: PlannedShard,
+        *,
+        row_group_tokens: int = ROW_GROUP_TOKENS,
+        attempt: str = "",
     ) -> None:
         self.run_dir, self.spec, self.planned = run_dir, spec, planned
-        self.temporary = run_dir / ".tmp" / planned.name
+        self.temporary = run_dir / ".tmp" / (f"{attempt}.{planned.name}" if attempt else planned.name)
         self.path = run_dir / "data" / planned.name
+        self._handed_on = False
         self._schema = arrow_schema(spec).with_metadata(spec.to_footer() | {SHARD_KEY: _shard_footer(planned)})
         self._group_tokens = min(row_group_tokens, ROW_GROUP_BYTES // decoded_bytes_per_token(spec))
         self._pending: list[SequenceTrace] = []
@@ -81,7 +89,8 @@ class ShardWriter:
             self._close()
         with contextlib.suppress(OSError):  # nor what is still buffered; the file is closed all the same
             self._file.close()
-        self.temporary.unlink(missing_ok=True)
+        if not self._handed_on:
+            self.temporary.unlink(missing_ok=True)
 
     def write(self, sequence: SequenceTrace) -> None:
         """Add the shard's next sequence."""
@@ -105,7 +114,14 @@ class ShardWriter:
         self._next += 1
 
     def commit(self, notes: Sequence[str] = ()) -> ManifestLine:
-        """Check the finished file, move it into `data/` and list it; returns its manifest line.
+        """Check the finished file, move it into `data/` and list it; returns its manifest line; raises as `finish`."""
+        line = self.finish(notes)
+        self._handed_on = False
+        list_shard(self.run_dir, self.temporary, line)
+        return line
+
+    def finish(self, notes: Sequence[str] = ()) -> ManifestLine:
+        """Check the finished file and leave it at `temporary`; returns the line that `list_shard` is to list it with.
 
         Raises ValueError when sequences are missing, ExpertSpeculationError when the file does not read back as
         written.
@@ -129,9 +145,7 @@ class ShardWriter:
             seconds=round(time.monotonic() - self._started, 3),
             notes=tuple(notes),
         )
-        os.replace(self.temporary, self.path)  # noqa: PTH105 - named as in the protocol
-        fsync_folder(self.path.parent)
-        append_line(self.run_dir, line)
+        self._handed_on = True
         return line
 
     def _flush(self) -> None:
@@ -163,6 +177,14 @@ class ShardWriter:
             raise ExpertSpeculationError(
                 f"{self.temporary}: does not read back as it was written; check the disk and run again with --resume"
             )
+
+
+def list_shard(run_dir: Path, temporary: Path, line: ManifestLine) -> None:
+    """Move a shard that a writer has finished into `data/` and list it; the caller holds the run's lock."""
+    path = run_dir / "data" / line.shard
+    os.replace(temporary, path)  # noqa: PTH105 - named as in the protocol
+    fsync_folder(path.parent)
+    append_line(run_dir, line)
 
 
 def to_table(sequences: Sequence[SequenceTrace], spec: TraceSpec, schema: pa.Schema) -> pa.Table:

@@ -7,7 +7,6 @@ import click
 
 from expert_speculation.options import (
     PATH,
-    device_option,
     json_option,
     model_option,
     print_facts,
@@ -51,9 +50,10 @@ class ModeChoice(click.Choice[str]):
 )
 @click.option(
     "--execution",
-    type=click.Choice(["resident", "streamed"]),
-    default="resident",
-    help="resident keeps the whole model in memory; streamed reads one layer at a time, for all batches of a pass.",
+    type=click.Choice(["auto", "resident", "streamed"]),
+    default="auto",
+    help="resident keeps the whole model in memory; streamed reads one layer at a time, for all batches of a pass; "
+    "auto streams what would not fit.",
 )
 @click.option(
     "--pass_tokens",
@@ -91,7 +91,11 @@ class ModeChoice(click.Choice[str]):
     help="Sequences per batch; auto finds the largest batch that fits; when not given, what --batch_tokens allows.",
 )
 @click.option("--batch_tokens", type=int, help="Padded tokens per batch; by the device's free memory when not given.")
-@device_option
+@click.option(
+    "--device",
+    default="auto",
+    help="auto (the GPU with most free memory, else the CPU), cpu, cuda, cuda:N, several as cuda:0,cuda:1, or all.",
+)
 @click.option("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16.")
 @click.option("--attn_implementation", help="transformers' attention implementation, e.g. sdpa or eager.")
 @click.option("--experts_implementation", help="transformers' experts implementation, e.g. eager or grouped_mm.")
@@ -114,7 +118,20 @@ class ModeChoice(click.Choice[str]):
 @seed_option
 @click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--dry_run", is_flag=True, help="Print what would be done, and stop.")
-@click.option("--engine", type=click.Choice(["local"]), default="local", help="What works the plan off.")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="First read a few layers from the disk and run a batch through them, to tell how long the run will take.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    help="What works the plan off: this machine, or a Ray cluster with a shared file system (docs/CLUSTER.md).",
+)
+@click.option(
+    "--workers", type=int, help="Of --engine ray; one for each GPU, or each machine with --device cpu, when not given."
+)
 @click.option("--shard_data", is_flag=True, hidden=True, help="Accepted; shards are always written.")
 @json_option
 def collect(
@@ -122,7 +139,6 @@ def collect(
     output_dir: Path | None,
     dry_run: bool,
     json_file: Path | None,
-    engine: str,
     shard_data: bool,
     **options: Any,
 ) -> None:
@@ -149,6 +165,7 @@ def collect(
 def _print(facts: dict[str, Any], json_file: Path | None) -> None:
     write_results(json_file, facts)
     facts = {name: value for name, value in facts.items() if name != "shortfall"}
+    executions, chosen = facts.pop("executions", {}), facts.get("execution")
     for source in facts.pop("sources"):
         skipped = "".join(f", {count} {reason}" for reason, count in sorted(source["skipped"].items()))
         click.echo(f"{source['name']:<20} {source['available']:>6} of {source['requested']} traces{skipped}")
@@ -162,4 +179,24 @@ def _print(facts: dict[str, Any], json_file: Path | None) -> None:
     }
     facts = {spoken.get(name, name): value for name, value in facts.items()}
     facts |= {f"model {name}": value for name, value in spoken_model(facts.pop("model", {})).items()}
+    if facts.get("forecast"):
+        facts["forecast"] = {name: round(value, 2) for name, value in facts["forecast"].items()}
     print_facts(facts)
+    for name, needs in executions.items():
+        click.echo(f"{name:<8}  {_spoken(needs)}{', chosen' if name == chosen else ''}")
+
+
+def _spoken(needs: dict[str, Any]) -> str:
+    """Return what an execution takes, in words."""
+
+    def gb(name: str) -> str:
+        return f"{needs[name] / 1e9:,.2f} GB"
+
+    said = [f"experts {needs['quantization']}" if needs["possible"] else "not possible"]
+    said += [f"{gb('device_bytes')} on the device"] if needs["device_bytes"] is not None else []
+    said += [f"{gb('host_bytes')} in RAM", f"{gb('disk_bytes')} on disk"]
+    said.append(f"{gb('read_bytes')} read in {needs['passes']} pass{'es' if needs['passes'] > 1 else ''}")
+    if needs["seconds_per_million_tokens"] is not None:
+        minutes = needs["seconds_per_million_tokens"] / 60
+        said.append(f"{needs['seconds_to_start']:.0f} s to start and {minutes:.1f} min a million tokens")
+    return ", ".join(said)

@@ -1,4 +1,4 @@
-"""The tables of docs/HARDWARE.md, written from the packaged profiles.
+"""The tables of docs/HARDWARE.md, written from the packaged profiles: what they hold, and what tracing would take.
 
 python -m groundwork.profiles.reference docs/HARDWARE.md
 """
@@ -6,9 +6,11 @@ python -m groundwork.profiles.reference docs/HARDWARE.md
 import sys
 from pathlib import Path
 
+from groundwork.profiles import execution_tables
 from groundwork.profiles.loading import hardware_profile, known_hardware, known_models, model_profile
 
 START, END = "<!-- start: groundwork.profiles.reference -->\n", "<!-- end -->\n"
+EXECUTIONS_START = "<!-- start: groundwork.profiles.execution_tables -->\n"
 
 
 def tables() -> str:
@@ -48,9 +50,11 @@ def tables() -> str:
 
 def with_tables(text: str) -> str:
     """Return the text of docs/HARDWARE.md with the tables as they are now."""
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return before + START + tables() + END + after
+    for start, written in ((START, tables()), (EXECUTIONS_START, execution_tables.table())):
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(END)
+        text = before + start + written + END + after
+    return text
 
 
 if __name__ == "__main__":

@@ -76,6 +76,15 @@ class LayeredModel:
         if quantize.is_ours(self._mode) and any(isinstance(part, PerExpertLinears) for part in layer.modules()):
             quantize.check_experts(layer, self._mode)
 
+    def read_cold(self, index: int) -> int:
+        """Read a layer's part of the checkpoint from the disk, into the page cache alone; returns the bytes."""
+        keys = [key for key, _ in self._keys[index]]
+        with refusing(self._source, "weights"):
+            self.files.forget(keys)
+            before = self.files.bytes_read
+            self.files.read(keys)
+        return self.files.bytes_read - before
+
     def outside(self) -> dict[str, torch.Tensor]:
         """Return by name what is saved of all that lies outside of the layers, tied tensors once."""
         names = (name for name in self._targets if self._layer_of(name) is None)

@@ -65,6 +65,25 @@ def test_a_dry_run_says_what_would_be_missing_and_which_batches_which_memory_get
     assert lines["batch_tokens of a GPU with"] == "80 GB 65,536, 48 GB 32,768, 24 GB 16,384, else 8,192"
 
 
+def test_a_dry_run_says_what_each_execution_needs_and_with_measure_how_long_it_takes(
+    collect: Collect, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert collect("--dry_run") == 0
+    without = capsys.readouterr().out.splitlines()[-3:-1]
+    assert without[0].startswith("resident  experts none, ")
+    assert without[0].endswith(" read in 1 pass, chosen")
+    assert without[1].startswith("streamed  experts none, ")
+    assert collect("--dry_run", "--measure", "--json", tmp_path / "plan.json") == 0
+    measured = capsys.readouterr().out.splitlines()[-3:-1]
+    assert all(" min a million tokens" in line for line in measured)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["execution"] == "resident"
+    assert all(
+        each["seconds_per_million_tokens"] > each["seconds_to_start"] > 0 for each in plan["executions"].values()
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_has_all_ends_with_0_and_without_a_word_of_shortage(
     collect: Collect, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
