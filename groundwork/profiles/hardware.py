@@ -7,7 +7,7 @@ from groundwork.errors import ConfigurationError
 
 _ABOVE_ZERO = ("gpu_memory_gb", "memory_gb_s", "compute_tflops", "link_gb_s", "disk_gb_s", "ram_gb")
 # What lies outside is a slip, and simulated nanoseconds might not fit into 64 bits.
-_LEAST, _MOST, _MOST_US = 1e-3, 1e9, 1e6
+_LEAST, _LEAST_TFLOPS, _MOST, _MOST_US = 1e-3, 1e-6, 1e9, 1e6
 _NOT_NEGATIVE = ("layer_overhead_us", "link_latency_us", "disk_latency_us", "reserved_gb")
 
 
@@ -52,6 +52,7 @@ class HardwareProfile:
         for field in (*_ABOVE_ZERO, *_NOT_NEGATIVE):
             value = getattr(self, field)
             least, most = (_LEAST, _MOST) if field in _ABOVE_ZERO else (0, _MOST_US)
+            least = _LEAST_TFLOPS if field == "compute_tflops" else least  # a busy CPU's tiny products reach little
             if not least <= value <= most:
                 raise ConfigurationError(
                     f"hardware profile {self.name!r}: {field} is {value:g}; give it a number from {least:g} to {most:g}"
