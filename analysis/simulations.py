@@ -13,15 +13,15 @@ from analysis.evaluations import MARKERS, doubted
 from analysis.figures import SERIES, Colours
 from analysis.tokens import readable
 from groundwork.errors import ConfigurationError
+from prefetch.contest import FOREKNOWING
+from prefetch.simulate import FORMAT_VERSION
 from traces.schema import TraceSpec
 
 Simulation = Mapping[str, Any]
 Row = Mapping[str, Any]
 
-FORMAT_VERSION = 1  # of the simulation JSON that can be shown
 UNNAMED = "the simulation"
 VERB = "simulate"  # what writes it
-FOREKNOWING = "belady"  # the policy that no machine can have
 HOVER = "%{text}<br>%{x:.2f} tokens/s  [%{customdata[0]:.2f}, %{customdata[1]:.2f}]<extra></extra>"  # of a row's dot
 GREY: Colours = ("#5b6169", "#b3b8be")
 
