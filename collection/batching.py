@@ -23,9 +23,9 @@ products and outputs of 4,096, and the residual stream.
 SMALLEST_PRESET = 8192  # of CPUs and smaller cards
 
 
-def preset_batch_tokens(device: torch.device) -> int:
-    """Return the padded tokens of a batch on `device`, by its free memory."""
-    free = free_memory_bytes(device) if device.type == "cuda" else 0
+def preset_batch_tokens(*devices: torch.device) -> int:
+    """Return the padded tokens of a batch on devices that hold a model together, by the least free memory."""
+    free = min(free_memory_bytes(each) if each.type == "cuda" else 0 for each in devices)
     return next((tokens for least, tokens in PRESETS.values() if free >= least), SMALLEST_PRESET)
 
 

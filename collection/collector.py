@@ -15,8 +15,7 @@ from collection.plan import Layout, lay_out_again, make_plan, make_spec, model_i
 from collection.preparation import Prepared, prepare, shortfall
 from collection.settings import CollectSettings
 from collection.tokens import TokenText
-from collection.workers.devices import split_devices
-from collection.workers.working import needs_workers, write_with_workers
+from collection.workers.working import write_with_workers
 from groundwork.hardware import describe_device
 from groundwork.progress import log
 from traces.card import write_card
@@ -58,15 +57,14 @@ def collect(settings: CollectSettings) -> CollectResult:
     a run that `resume` continues.
     """
     started = time.monotonic()
-    devices = split_devices(settings.device)
-    with_workers = needs_workers(settings, devices)
-    prepared = prepare(replace(settings, device=devices[0]))
+    prepared = prepare(settings)
+    with_workers = settings.engine == "ray" or len(prepared.devices) > 1
     run_dir = prepared.run_dir
     forecast = _forecast(prepared) if settings.measure and not with_workers else None
     if settings.measure and with_workers:
         log("--measure has no effect on a run of several workers")
     with writing(run_dir):
-        worked = _write_with_workers(prepared, devices) if with_workers else _write(prepared)
+        worked = _write_with_workers(prepared) if with_workers else _write(prepared)
         write_card(run_dir)
     plan, layout = worked.plan, worked.layout
     result = CollectResult(
@@ -120,13 +118,13 @@ def _write(prepared: Prepared) -> _Worked:
             PassState.clear(folder)
         execution.write_shards(run_dir, plan, layout, finished, TokenText(loaded.tokenizer), LOCAL)
         done = time.monotonic()
-    return _Worked(plan, layout, finished, describe_device(loaded.device), ready - begun, done - ready)
+    return _Worked(plan, layout, finished, describe_device(*loaded.devices), ready - begun, done - ready)
 
 
-def _write_with_workers(prepared: Prepared, devices: list[str]) -> _Worked:
+def _write_with_workers(prepared: Prepared) -> _Worked:
     """Write the shards in processes of their own, or on a cluster."""
     begun = time.monotonic()
-    plan, finished, device = write_with_workers(prepared, devices)
+    plan, finished, device = write_with_workers(prepared)
     return _Worked(plan, prepared.layout, finished, device, 0.0, time.monotonic() - begun)
 
 
@@ -137,15 +135,14 @@ def dry_run(settings: CollectSettings) -> dict[str, Any]:
     found by probing. To `measure`, some weights are read after all, and those of a hub id fetched. Raises
     ConfigurationError as `collect` does.
     """
-    devices = split_devices(settings.device)
-    needs_workers(settings, devices)
-    prepared = prepare(replace(settings, device=devices[0]))
+    prepared = prepare(settings)
     settings, layout, spec, loading = prepared.settings, prepared.layout, prepared.spec, prepared.loading
     tokens = sum(layout.num_tokens_S)
     return {
         "run_dir": str(prepared.run_dir),
         "model": prepared.model,
-        "device": describe_device(loading.device),
+        "device": describe_device(*loading.devices),
+        "devices": prepared.devices,
         "quantization": loading.mode,
         "execution": settings.execution,
         "executions": _forecast(prepared).facts(),

@@ -15,7 +15,7 @@ from groundwork.hardware import free_memory_bytes
 from groundwork.profiles.execution import JOINED, Rates, resident_seconds, streamed_seconds
 from moe import quantize
 from moe.footprint import footprint
-from moe.load import SHARE_FOR_WEIGHTS, Loading, TooLargeError, foresee_loading
+from moe.foresight import SHARE_FOR_WEIGHTS, Loading, TooLargeError, foresee_loading
 from traces.plan import PlannedShard, estimated_bytes_per_token
 from traces.schema import TraceSpec, decoded_bytes_per_token
 
@@ -39,7 +39,7 @@ def foresee(settings: CollectSettings, execution: str) -> Loading:
     """Return how the model would be loaded; raises ConfigurationError as `foresee_loading` does."""
     return foresee_loading(
         settings.model,
-        device=settings.device,
+        device=settings.first_device if execution == "streamed" else settings.device,
         dtype=settings.dtype,
         quantization=settings.quantization,
         attn_implementation=settings.attn_implementation,

@@ -12,7 +12,7 @@ from groundwork.errors import ConfigurationError
 from groundwork.profiles.execution import Rates
 from groundwork.progress import log
 from moe import quantize
-from moe.load import Loading
+from moe.foresight import Loading
 from moe.streaming.calls import LayerCalls
 from moe.streaming.layered import LayeredModel
 from moe.streaming.load import open_layered
@@ -29,11 +29,11 @@ def measure_rates(settings: CollectSettings, loading: Loading, layout: Layout) -
     the system can not drop its page cache.
     """
     options: dict[str, Any] = {
-        name: getattr(settings, name) for name in ("device", "dtype", "attn_implementation", "experts_implementation")
+        name: getattr(settings, name) for name in ("dtype", "attn_implementation", "experts_implementation")
     }
     mode = loading.mode if quantize.is_ours(loading.mode) or loading.stored is None else settings.quantization
     log("measuring the disk, and one layer after the other")
-    _, layered = open_layered(settings.model, quantization=mode, **options)
+    _, layered = open_layered(settings.model, device=settings.first_device, quantization=mode, **options)
     layered.load_rest()
     ids_BT, mask_BT = (each.to(layered.device) for each in _median_batch(layout))
     try:

@@ -9,15 +9,18 @@ from transformers import AutoConfig
 
 from collection.batching import preset_batch_tokens
 from collection.datasets import Source, keep_revisions, resolve
+from collection.devices import check_devices, join_devices, split_devices
 from collection.forecast import choose_execution, foresee, possible_executions
 from collection.plan import Layout, lay_out, texts_digests
 from collection.sampling import Draw, draw
 from collection.settings import CollectSettings
 from groundwork.errors import ConfigurationError, IncompleteError
-from groundwork.hardware import choose_device
+from groundwork.hardware import choose_devices
 from groundwork.progress import log
 from groundwork.provenance import library_versions
-from moe.load import DTYPES, Loading, describe_model, load_tokenizer
+from moe.description import DTYPES, describe_model
+from moe.foresight import Loading
+from moe.load import load_tokenizer
 from moe.quantize import MODES
 from moe.source import find_source
 from traces.plan import PLAN_NAME, Plan
@@ -30,7 +33,7 @@ class Prepared:
     """Settings that fit model and machine, the drawn texts and the order of work.
 
     `spec` is what the traces will say, as far as the model's configuration tells; `identity` is the part of the plan's
-    settings that does not depend on the weights.
+    settings that does not depend on the weights. `devices` are those of each process, the settings' the first one's.
     """
 
     settings: CollectSettings
@@ -41,6 +44,7 @@ class Prepared:
     spec: TraceSpec
     layout: Layout
     identity: dict[str, Any]
+    devices: list[str]
 
 
 def prepare(settings: CollectSettings) -> Prepared:
@@ -49,6 +53,8 @@ def prepare(settings: CollectSettings) -> Prepared:
     A run to be resumed is compared with its saved plan, and what was left to the program stays as it was decided then.
     Raises IncompleteError where there is no usable text at all.
     """
+    devices = split_devices(settings.device)
+    check_devices(settings, devices)
     sources = resolve(settings.datasets, settings.dataset_root)
     model = describe_model(settings.model, settings.dtype)
     run_dir = settings.run_dir(model["name"])
@@ -58,7 +64,8 @@ def prepare(settings: CollectSettings) -> Prepared:
     if saved:
         settings = _keep_decisions(settings, saved)
         keep_revisions(sources, saved.sources)
-    device = choose_device(settings.device)
+    devices = join_devices(settings, devices)
+    on = choose_devices(devices[0])
     if settings.horizons >= model["num_layers"]:
         raise ConfigurationError(
             f"--lookahead {settings.horizons}: must be below the {model['num_layers']} MoE layers of {model['name']}; "
@@ -66,10 +73,10 @@ def prepare(settings: CollectSettings) -> Prepared:
         )
     settings = replace(
         _limit_length(settings, model),
-        device=str(device),
-        batch_tokens=None if settings.batch_size == "auto" else settings.batch_tokens or preset_batch_tokens(device),
+        device="+".join(map(str, on)),
+        batch_tokens=None if settings.batch_size == "auto" else settings.batch_tokens or preset_batch_tokens(*on),
     )
-    identity = _identity(settings, model, device, sources)
+    identity = _identity(settings, model, on[0], sources)
     if saved:
         refuse_changes(run_dir, saved, {name: value for name, value in identity.items() if name != "execution"})
     settings, loading = _settle_execution(settings)
@@ -82,7 +89,7 @@ def prepare(settings: CollectSettings) -> Prepared:
     identity["texts"] = texts_digests(layout.sequences)
     if saved:
         _refuse_other_texts(run_dir, saved, identity["texts"])
-    return Prepared(settings, model, loading, run_dir, draws, spec, layout, identity)
+    return Prepared(settings, model, loading, run_dir, draws, spec, layout, identity, devices)
 
 
 def shortfall(draws: list[Draw]) -> str | None:
@@ -124,7 +131,7 @@ def _settle_execution(settings: CollectSettings) -> tuple[CollectSettings, Loadi
         whole = possible["resident"].loading
         log(
             f"--execution auto: the model takes {whole.needed / 1e9:.1f} GB of {whole.free / 1e9:.1f} GB that are free "
-            f"on {whole.device}, so it is streamed, one layer at a time"
+            f"on {' and '.join(map(str, whole.devices))}, so it is streamed, one layer at a time"
         )
     return replace(settings, execution=execution), possible[execution].loading
 

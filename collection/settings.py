@@ -26,7 +26,8 @@ class CollectSettings:
     of tokens that carry what the routers read. A streamed `execution` takes whole shards of about `pass_tokens` through
     the layers together, and keeps hidden states of `memory_budget_gb` (10**9 bytes) in host memory, or of half of what
     is free there, and the others on disk; `auto` is resident where the model fits, else streamed. To `measure` is to
-    read and run a few layers of the model first, and so tell how long the run will take.
+    read and run a few layers of the model first, and so tell how long the run will take. Devices joined by commas get a
+    process each; those joined by plus signs hold the model of one process together.
     """
 
     model: str = "models/mini-mixtral"
@@ -144,8 +145,18 @@ class CollectSettings:
                 "leave one of the two out"
             )
 
+    @property
+    def first_device(self) -> str:
+        """Return the first of the devices that hold the model."""
+        return self.device.split("+")[0]
+
     def refusal_of(self, execution: str) -> ConfigurationError | None:
         """Return why these options can not be had in an execution; None where they can."""
+        if execution == "streamed" and "+" in self.device:
+            return ConfigurationError(
+                f"--device {self.device}: --execution streamed holds a layer or two of the model, for which one device "
+                "will do; join devices by commas instead, for a process on each"
+            )
         if execution == "streamed" and self.generate:
             return ConfigurationError(
                 f"--generate {self.generate}: decodes token by token, which would read the whole model for each; "

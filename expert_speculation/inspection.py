@@ -22,7 +22,7 @@ def describe(path: str) -> dict[str, Any]:
         return _predictor_facts(folder)
     if not folder.exists() and path.count("/") != 1:
         raise ConfigurationError(f"{path}: no such folder; give a trace folder, a predictor folder or a model")
-    from moe.load import describe_model
+    from moe.description import describe_model
 
     return {"kind": "model", **describe_model(path)}
 

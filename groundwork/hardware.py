@@ -36,6 +36,20 @@ def choose_device(name: str = "auto") -> "torch.device":
     return torch.device(wanted)
 
 
+def choose_devices(names: str = "auto") -> "tuple[torch.device, ...]":
+    """Return the devices that hold one model together, joined by plus signs: one of any kind, or several GPUs.
+
+    Raises ConfigurationError as `choose_device` does, and where several are not different GPUs.
+    """
+    devices = tuple(choose_device(name.strip()) for name in names.split("+"))
+    if len(devices) > 1 and (len(set(devices)) < len(devices) or any(each.type != "cuda" for each in devices)):
+        raise ConfigurationError(
+            f"--device {names}: a plus sign joins GPUs to hold one model together; name different GPUs, as "
+            "cuda:0+cuda:1"
+        )
+    return devices
+
+
 def free_memory_bytes(device: "torch.device") -> int:
     """Return the bytes that can still be allocated on `device`; on a CPU within the container's limit."""
     import torch
@@ -50,10 +64,13 @@ def free_memory_bytes(device: "torch.device") -> int:
     return min(free, _free_in_container())
 
 
-def describe_device(device: "torch.device") -> str:
-    """Return the device's name and memory as a reader would say it."""
+def describe_device(*devices: "torch.device") -> str:
+    """Return the name and memory of a device, or of several that hold a model together, as a reader would say it."""
     import torch
 
+    if len(devices) > 1:
+        return " + ".join(describe_device(each) for each in devices)
+    (device,) = devices
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name} ({properties.total_memory / 1e9:.0f} GB)"

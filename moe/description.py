@@ -17,7 +17,6 @@ from moe.routers import RouterLayout, find_routers
 from moe.source import Source, find_source, refusing
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_auto_model: Any = AutoModel  # not annotated by transformers
 
 
 def describe_model(path: str, dtype: str = "auto") -> dict[str, Any]:
@@ -55,25 +54,25 @@ def describe_model(path: str, dtype: str = "auto") -> dict[str, Any]:
     }
 
 
-def sketch_model(source: Source, dtype: str) -> tuple[PreTrainedModel, RouterLayout]:
-    """Return the model on the meta device, which takes no memory, and its routers."""
+def sketch_model(source: Source, dtype: str, auto_class: Any = AutoModel) -> tuple[PreTrainedModel, RouterLayout]:
+    """Return the model of `auto_class` on the meta device, which takes no memory, and its routers."""
     with refusing(source, "config.json"):
         config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
         stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
         wanted = (stated or torch.float32) if dtype == "auto" else getattr(torch, dtype)
         config.name_or_path = str(source.folder)
-        return sketch_config(config, wanted)
+        return sketch_config(config, wanted, auto_class)
 
 
-def sketch_config(config: Any, dtype: torch.dtype) -> tuple[PreTrainedModel, RouterLayout]:
+def sketch_config(config: Any, dtype: torch.dtype, auto_class: Any = AutoModel) -> tuple[PreTrainedModel, RouterLayout]:
     """Return the model of a configuration on the meta device and its routers; raises ConfigurationError as they do."""
-    if type(config) not in _auto_model._model_mapping:
+    if type(config) not in auto_class._model_mapping:
         raise ConfigurationError(
             f"{config.model_type} can not be traced: transformers has no AutoModel for it; "
             "choose a model of another family"
         )
     with torch.device("meta"):
-        sketch = _auto_model.from_config(config, dtype=dtype, trust_remote_code=False)
+        sketch = auto_class.from_config(config, dtype=dtype, trust_remote_code=False)
     return sketch, find_routers(sketch)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moe import quantize
 from moe.description import sketch_model
-from moe.load import Loading
+from moe.foresight import Loading
 from moe.quantizable import bytes_by_layer
 
 

@@ -34,7 +34,7 @@ class BatchRouting:
 
 @dataclass
 class ForwardPass:
-    """What the routers have shown in a pass so far, by MoE layer, where the model runs."""
+    """What the routers have shown in a pass so far, by MoE layer, each where that layer runs."""
 
     routing: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # ids_NK, weights_NK
     logits: dict[int, torch.Tensor] = field(default_factory=dict)  # float16 NE
@@ -47,6 +47,7 @@ class ForwardPass:
 def gather_passes(passes: list[ForwardPass], batch_size: int, num_experts: int, horizons: int) -> BatchRouting:
     """Return consecutive passes over the same B sequences as one batch; each must hold all layers."""
     layers = range(len(passes[0].routing))
+    home = passes[0].routing[0][0].device  # a model may lie on several, and what is small comes together on one
 
     def stacked(of: Callable[[ForwardPass, int], torch.Tensor]) -> torch.Tensor:
         """[L, B, T, X]: layers stacked, the passes one behind the other."""
@@ -54,7 +55,7 @@ def gather_passes(passes: list[ForwardPass], batch_size: int, num_experts: int, 
             torch.cat([of(each, layer).reshape(batch_size, -1, of(each, layer).shape[-1]) for each in passes], dim=1)
             for layer in layers
         ]
-        return torch.stack(rows)
+        return torch.stack([row.to(home) for row in rows])
 
     ids_LBTK = stacked(lambda each, layer: each.routing[layer][0])
     weights_LBTK = stacked(lambda each, layer: each.routing[layer][1])
@@ -66,20 +67,20 @@ def gather_passes(passes: list[ForwardPass], batch_size: int, num_experts: int, 
         logits_BTLE = _to_host(stacked(lambda each, layer: each.logits[layer]).permute(1, 2, 0, 3))
     if horizons:
         shape = (horizons, len(layers), batch_size, ids_LBTK.shape[2], num_experts)
-        lookahead_HLBTE = torch.zeros(shape, dtype=torch.float16, device=ids_LBTK.device)
+        lookahead_HLBTE = torch.zeros(shape, dtype=torch.float16, device=home)
         for ahead, layer in passes[0].lookahead:
-            parts = [each.lookahead[ahead, layer].reshape(batch_size, -1, num_experts) for each in passes]
+            parts = [each.lookahead[ahead, layer].to(home).reshape(batch_size, -1, num_experts) for each in passes]
             torch.cat(parts, dim=1, out=lookahead_HLBTE[ahead, layer])
         lookahead_BTHLE = _to_host(lookahead_HLBTE.permute(2, 3, 0, 1, 4))
     hidden_at_M2 = router_input_MLD = None
     if passes[0].hidden:
         hidden_at_M2 = torch.cat([each.hidden_at_M2 for each in passes if each.hidden_at_M2 is not None])
-        inputs_LMD = torch.stack([torch.cat([each.hidden[layer] for each in passes]) for layer in layers])
+        inputs_LMD = torch.stack([torch.cat([each.hidden[layer] for each in passes]).to(home) for layer in layers])
         router_input_MLD = _to_host(inputs_LMD.permute(1, 0, 2))
     ids_BTLK = _to_host(ids_LBTK.permute(1, 2, 0, 3))
     weights_BTLK = _to_host(weights_LBTK.to(torch.float16).permute(1, 2, 0, 3))
     if ids_LBTK.is_cuda:
-        torch.cuda.current_stream(ids_LBTK.device).synchronize()
+        torch.cuda.current_stream(home).synchronize()
     return BatchRouting(
         ids_BTLK,
         weights_BTLK,

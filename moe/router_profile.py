@@ -83,7 +83,13 @@ class _WithoutHooks(nn.Module):
         self.router = router
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.router.forward(*args, **kwargs)
+        modules = [module for module in self.router.modules() if "forward" in vars(module)]
+        aside = [vars(module).pop("forward") for module in modules]  # accelerate's, which move inputs to other devices
+        try:
+            return self.router.forward(*args, **kwargs)
+        finally:
+            for module, forward in zip(modules, aside, strict=True):
+                module.forward = forward
 
 
 def _read_routing(site: RouterSite, output: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:

@@ -114,9 +114,11 @@ class RouterWatch:
             self._keep_hidden(now, index, router_input)
             residual = self._residual.pop(index, None)
             for ahead, target in enumerate(targets):
+                early = self.layout.sites[target]
                 if residual is not None:
-                    router_input = self._norms[target].forward(residual).reshape(router_input.shape)
-                early_NE = self.layout.sites[target].logits(router_input)
+                    norm = self._norms[target]
+                    router_input = norm.forward(_beside(norm, residual)).reshape(router_input.shape)
+                early_NE = early.logits(_beside(early.module, router_input))
                 now.lookahead[ahead, target] = early_NE.to(torch.float16)
 
         return hook
@@ -132,7 +134,7 @@ class RouterWatch:
             marked_Bt = self._hidden_BT[:, start : self._hidden_from]
             now.hidden_at_M2 = marked_Bt.nonzero() + torch.tensor([0, start])
             now.hidden_rows_M = marked_Bt.reshape(-1).nonzero().squeeze(1).to(rows_ND.device)
-        now.hidden[index] = rows_ND[now.hidden_rows_M].to(torch.float16)
+        now.hidden[index] = rows_ND[now.hidden_rows_M.to(rows_ND.device)].to(torch.float16)
 
     def _keep_residual(self, index: int) -> Callable[..., None]:
         """Return the hook of the norm before router `index`."""
@@ -160,3 +162,9 @@ class RouterWatch:
             self._unchecked.discard(index)
 
         return site.experts.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _beside(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` on the device of a module, which may belong to a layer on another one."""
+    weight = next(module.parameters(), tensor)
+    return tensor.to(weight.device)

@@ -6,6 +6,7 @@ A busy machine must not fail a property; hangs are pytest-timeout's business.
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,6 +33,24 @@ EMPTY_FIGURES = """async () => {
   }
   return empty;
 }"""
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return `gpus(*free)`, which lets torch say that there are GPUs with so many free bytes; none can be used."""
+    import torch
+
+    def pretend(*free: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], free[device.index]))
+        monkeypatch.setattr(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(name=f"Card {device.index}", total_memory=free[device.index]),
+        )
+
+    return pretend
 
 
 @pytest.fixture(scope="session")

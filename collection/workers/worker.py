@@ -53,7 +53,7 @@ class PassWorker:
         loaded = self._execution.loaded
         spec = make_spec(loaded, self._execution.routers, self._settings)
         identity = model_identity(loaded, self._execution.weights, spec)
-        device = describe_device(loaded.device)
+        device = describe_device(*loaded.devices)
         return Facts(spec, identity, self._execution.steps, device, socket.gethostname(), os.getpid())
 
     def run(self, task: Task, tell: Tell, is_stopped: Callable[[], bool]) -> None:

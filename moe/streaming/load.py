@@ -5,7 +5,8 @@ from typing import Any
 from transformers import AutoModel
 
 from moe import quantize, stored
-from moe.load import LoadedModel, call_loader, describe_loaded, foresee_loading
+from moe.foresight import foresee_loading
+from moe.load import LoadedModel, call_loader, describe_loaded
 from moe.routers import find_routers
 from moe.source import find_source, read_tokenizer
 from moe.streaming.layered import LayeredModel

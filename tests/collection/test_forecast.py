@@ -19,9 +19,9 @@ from collection.preparation import prepare
 from collection.settings import CollectSettings
 from groundwork.errors import ConfigurationError
 from groundwork.profiles.execution import Rates
-from moe import load
+from moe import foresight
 from moe.footprint import footprint
-from moe.load import TooLargeError, foresee_loading
+from moe.foresight import TooLargeError, foresee_loading
 from moe.packed import pack
 from traces.plan import Plan
 
@@ -38,7 +38,7 @@ def only_layers_fit(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave as much free as two layers take, which is less than the model does."""
     two = foresee_loading(str(model_dir), device="cpu", streamed=True).needed
     assert two < foresee_loading(str(model_dir), device="cpu").needed
-    monkeypatch.setattr(load, "free_memory_bytes", lambda device: two)
+    monkeypatch.setattr(foresight, "free_memory_bytes", lambda device: two)
 
 
 def stored_bytes(folder: Path) -> int:

@@ -15,7 +15,8 @@ from tiny_models import tiny_config
 from transformers import AutoModel
 
 from groundwork.errors import ConfigurationError
-from moe.load import describe_model, load_model, load_tokenizer
+from moe.description import describe_model
+from moe.load import load_model, load_tokenizer
 from moe.resident import ResidentTracer
 from moe.routers import find_routers
 

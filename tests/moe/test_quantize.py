@@ -14,7 +14,9 @@ from tiny_models import tiny_config
 from transformers import PreTrainedModel
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
-from moe.load import describe_model, load_model, most_precise
+from moe.description import describe_model
+from moe.foresight import most_precise
+from moe.load import load_model
 from moe.mini import embedded_model
 from moe.quantize import check_quantized, expert_bytes_per_parameter
 from moe.quantized_copy import save_quantized

@@ -12,7 +12,8 @@ from tiny_models import tiny_config
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, Mxfp4GptOssMLP
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
-from moe.load import describe_model, load_model
+from moe.description import describe_model
+from moe.load import load_model
 from moe.passes import BatchRouting
 from moe.resident import ResidentTracer
 from moe.routers import find_routers

@@ -8,12 +8,22 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from collection.settings import CollectSettings
 from collection.workers.driver import Driver
 from traces.manifest import read_manifest
 from traces.plan import Plan
 from traces.verify import verify
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute as a worker does that has one processor: sums depend, in their last bits, on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 
 from collection.collector import collect
 from collection.settings import CollectSettings
-from collection.workers.devices import split_devices
 from groundwork.errors import ConfigurationError
 from traces.manifest import read_manifest
 
@@ -54,29 +53,6 @@ def test_an_interrupted_run_is_continued_in_one_process(settings: Make, assert_s
     assert len(read_manifest(run_dir)) < len(read_manifest(whole))
     collect(replace(begun, device="cpu", resume=True))
     assert_same_run(whole, run_dir)
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ("all", "--device all: stands for all GPUs, and this machine has none; use cpu or auto"),
-        ("cpu,gpu", "--device gpu: not a device of this machine"),
-    ],
-)
-def test_devices_that_are_not_there_are_refused(names: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ConfigurationError, match=f"^{message}"):
-        split_devices(names)
-
-
-def test_gpus_are_named_once_and_not_beside_processors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert split_devices("all") == split_devices("cuda:0, cuda:1") == ["cuda:0", "cuda:1"]
-    with pytest.raises(ConfigurationError, match=r"^--device cuda,cuda:0: names cuda:0 twice"):
-        split_devices("cuda,cuda:0")
-    with pytest.raises(ConfigurationError, match="differ between kinds of device"):
-        split_devices("cuda:0,cpu")
 
 
 def test_a_batch_can_not_be_probed_for_several_devices(settings: Make) -> None:
