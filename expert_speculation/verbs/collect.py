@@ -94,7 +94,8 @@ class ModeChoice(click.Choice[str]):
 @click.option(
     "--device",
     default="auto",
-    help="auto (the GPU with most free memory, else the CPU), cpu, cuda, cuda:N, several as cuda:0,cuda:1, or all.",
+    help="auto (the GPU with most free memory, else the CPU), cpu, cuda, cuda:N; several as cuda:0,cuda:1 or all, a "
+    "process each; cuda:0+cuda:1 hold the model together.",
 )
 @click.option("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16 or float16.")
 @click.option("--attn_implementation", help="transformers' attention implementation, e.g. sdpa or eager.")
