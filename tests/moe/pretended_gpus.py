@@ -2,12 +2,15 @@
 
 Tensors on the device type `pretended` compute on the CPU, but say that they lie on `pretended:0`, `pretended:1` and so
 on, and an operation on tensors of two of them is the error that it is on real ones. The program traces models that lie
-on three, and prints, as JSON, by case which parts of the routing differ from those of the model on the CPU.
+on three, and streams the checkpoint that it is given to one; as JSON it prints, by case, which parts of what was
+recorded differ from those of the model on the CPU.
 """
 
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from moe import foresight
 from moe.decoding import Decoder
 from moe.passes import BatchRouting
 from moe.resident import ResidentTracer
 from moe.routers import find_routers
 from moe.spreading import spread, with_head
+from moe.streaming import reader
+from moe.streaming.load import open_layered
+from moe.streaming.tracer import StreamedTracer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from tiny_models import tiny_config, tiny_model
@@ -127,6 +134,37 @@ def compare(base: PreTrainedModel, model: PreTrainedModel, run: Callable[[PreTra
     return [name for name in names if not torch.equal(getattr(wanted, name), getattr(found, name))]
 
 
+def stream(folder: str, device: str) -> dict[str, torch.Tensor]:
+    """Return by layer the hidden states of a batch that is streamed, and what its routers showed."""
+    ids_BT, lengths_B, hidden_BT = _batch()
+    _, layered = open_layered(folder, device=device, attn_implementation="eager", experts_implementation="eager")
+    recorded: dict[str, torch.Tensor] = {}
+    with StreamedTracer(layered, ("weights", "logits", "lookahead"), horizons=2) as tracer, tracer.layers() as layers:
+        hidden = None
+        for index in layers:
+            hidden, shown = tracer.run(index, ids_BT, lengths_B, hidden, hidden_BT)
+            recorded |= {f"states.{index}": hidden.clone()} | {f"{index} {name}": each for name, each in shown.items()}
+    assert layered.device == torch.device(device)
+    return recorded
+
+
+def compare_streamed(folder: str) -> list[str]:
+    """Stream a checkpoint to a device; return what differs from streaming it to the CPU."""
+    wanted = stream(folder, "cpu")
+    foresight.choose_devices = lambda name: (torch.device(name),)
+    reader._beside_computing = _in_the_thread_that_reads
+    with PretendedGpus():
+        found = stream(folder, "pretended:0")
+    assert wanted.keys() == found.keys()
+    return [name for name in wanted if not torch.equal(wanted[name], found[name])]
+
+
+@contextmanager
+def _in_the_thread_that_reads(stream: object) -> Iterator[None]:
+    with PretendedGpus():
+        yield
+
+
 def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     lengths_B = torch.tensor([11, 7, 3])
     within_BT = torch.arange(11)[None, :] < lengths_B[:, None]
@@ -140,7 +178,8 @@ def main() -> None:
     stock = torch.tensor
     torch.tensor = lambda data, *, device=None, **options: stock(data, **options).to(device)  # it is not dispatched
     torch.inference_mode = torch.no_grad  # type: ignore[assignment,misc]  # which tensors of our own making do not know
-    differing = {}
+    os.environ[reader._NO_THREADS] = "1"  # in which torch would know nothing of the devices
+    differing = {"mixtral, streamed": compare_streamed(sys.argv[1])}
     for family in ("mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "gpt_oss"):
         model = tiny_model(family, num_hidden_layers=4)
         differing[family] = compare(model, model, trace)

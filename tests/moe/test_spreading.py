@@ -107,10 +107,12 @@ def test_only_different_gpus_are_joined(save: Callable[..., Path], gpus: Callabl
         load_model(str(save("mixtral")), device=names)
 
 
-def test_on_pretended_gpus_the_routing_of_a_spread_model_is_that_of_a_model_in_one_to_the_last_bit() -> None:
+def test_on_pretended_gpus_spread_and_streamed_models_show_what_a_model_in_one_does_to_the_last_bit(
+    save: Callable[..., Path],
+) -> None:
     program = Path(__file__).with_name("pretended_gpus.py")
-    ended = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False)
+    ended = subprocess.run([sys.executable, program, save("mixtral")], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]
     differing = json.loads(ended.stdout.splitlines()[-1])
-    assert len(differing) == 6
+    assert len(differing) == 7
     assert not any(differing.values()), differing
