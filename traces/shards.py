@@ -70,15 +70,18 @@ class Shard:
         return int(self.metadata.row_group(row_group).num_rows)
 
     def lists(self, row_group: int, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Return list columns of a row group as arrays [T, ...] of the spec's shapes.
+        """Return list columns of a row group as arrays [T, ...] of the spec's shapes; expert ids are below E.
 
         Raises ExpertSpeculationError naming the file where the data does not read.
         """
         try:
             with open_plain(self.path) as file:
-                return {
+                read = {
                     name: self._decode(self._checked_chunk(file, row_group, name), row_group, name) for name in names
                 }
+            if "expert_ids" in read:
+                self._check_ids(read["expert_ids"])
+            return read
         except DOUBTS as error:
             self._refuse(row_group, error)
 
@@ -127,6 +130,12 @@ class Shard:
         if table.num_rows != rows or any(table[name].null_count for name in chunks if name != ROUTER_INPUT):
             raise pa.ArrowInvalid(f"{table.num_rows} rows, some of them null, where the footer says {rows} without")
         return table
+
+    def _check_ids(self, ids_TLK: NDArray[Any]) -> None:
+        """Raise ValueError for an id that compiled loops, which take ids for places in memory, must not see."""
+        highest = int(ids_TLK.max(initial=0))  # ids are unsigned
+        if highest >= self.spec.num_experts:
+            raise ValueError(f"expert_ids holds {highest}, and the model has {self.spec.num_experts} experts")
 
     def _checked_chunk(self, file: Any, row_group: int, name: str) -> memoryview:
         """Return the bytes of a column chunk; raises ValueError where the manifest line has another checksum."""

@@ -9,11 +9,10 @@ with an empty cache.
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from analysis.counts.chunks import Chunk, Chunked
-
-BATCH_NUMBERS = 2**18  # stack places that are held at once
 
 
 class StackDistances(Chunked):
@@ -43,43 +42,33 @@ class StackDistances(Chunked):
         return np.asarray(hits_LC / np.maximum(histogram_LD.sum(axis=1, keepdims=True), 1))
 
     def _count(self, chunk: Chunk) -> None:
-        self.top_k = chunk.ids_TLK.shape[2]
-        order = sorted(chunk.traces, key=lambda trace: -trace.num_tokens)  # those that end early stand last
-        size = max(1, BATCH_NUMBERS // (self.num_layers * self.num_experts))
-        for start in range(0, len(order), size):
-            self._count_batch([trace.expert_ids_TLK for trace in order[start : start + size]])
-
-    def _count_batch(self, sequences: list[NDArray[np.integer]]) -> None:
-        """Step through the tokens of several sequences side by side; they are sorted by falling length."""
-        experts, layers = self.num_experts, self.num_layers
-        dtype = np.uint8 if experts <= 256 else np.uint16
-        stack_SLE: NDArray[Any] = np.broadcast_to(
-            np.arange(experts, dtype=dtype), (len(sequences), layers, experts)
-        ).copy()
-        seen_SL1 = np.zeros((len(sequences), layers, 1), dtype=np.int64)  # unseen experts stay below all seen ones
-        top_K = np.arange(self.top_k, dtype=dtype)
-        lengths = np.array([len(ids) for ids in sequences])
-        bins = np.zeros(layers * (experts + 1), dtype=np.int64)
-        base_L1 = np.arange(layers)[:, None] * (experts + 1)
-        found: list[NDArray[np.int64]] = []
-        for token in range(int(lengths[0])):
-            running = int(np.searchsorted(-lengths, -token, side="left"))  # sequences longer than `token`
-            ids_SLK = np.stack([ids[token] for ids in sequences[:running]]).astype(np.int64)
-            stack = stack_SLE[:running]
-            place_SLK: NDArray[Any] = np.take_along_axis(stack, ids_SLK, axis=2)
-            cold_SLK = place_SLK >= seen_SL1[:running]
-            found.append((np.where(cold_SLK, 0, place_SLK.astype(np.int64) + 1) + base_L1).ravel())
-            seen_SL1[:running] += cold_SLK.sum(axis=2, keepdims=True)
-            passed: NDArray[Any] = np.zeros(stack.shape, dtype=dtype)
-            for k in range(self.top_k):
-                passed += stack < place_SLK[:, :, k : k + 1]
-            stack += passed
-            np.put_along_axis(stack, ids_SLK, np.broadcast_to(top_K, ids_SLK.shape), axis=2)
-        bins += np.bincount(np.concatenate(found), minlength=len(bins))
-        self._histogram += bins.reshape(layers, experts + 1)
+        self.top_k = chunk.ids_LTK.shape[2]
+        _add_distances(chunk.ids_LTK, chunk.offsets, self._histogram)
 
 
 def static_hit_rate_LC(share_LE: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the hits of a cache that always holds the c experts most used in these traces, [L, E + 1]."""
     falling_LE = -np.sort(-share_LE, axis=1)
     return np.concatenate([np.zeros((len(share_LE), 1)), falling_LE.cumsum(axis=1)], axis=1)
+
+
+@njit(cache=True, nogil=True)
+def _add_distances(ids_LTK: Any, offsets: Any, histogram_LD: Any) -> None:
+    """Keep every expert's place in the stack, E where it is not in it: it moves by the deeper ones that are used."""
+    layers, _, top_k = ids_LTK.shape
+    experts = histogram_LD.shape[1] - 1
+    place_E, passed_E = np.zeros(experts, np.uint16), np.zeros(experts, np.uint16)
+    for layer in range(layers):
+        for sequence in range(len(offsets) - 1):
+            place_E[:] = experts
+            for t in range(offsets[sequence], offsets[sequence + 1]):
+                passed_E[:] = 0
+                for k in range(top_k):
+                    place = place_E[ids_LTK[layer, t, k]]
+                    histogram_LD[layer, (place + 1) % (experts + 1)] += 1
+                    for expert in range(experts):
+                        passed_E[expert] += place_E[expert] < place
+                for expert in range(experts):
+                    place_E[expert] += passed_E[expert]
+                for k in range(top_k):
+                    place_E[ids_LTK[layer, t, k]] = k

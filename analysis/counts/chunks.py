@@ -1,31 +1,35 @@
-"""Sequences gathered into chunks, so that short ones do not each pay for whole tables, and pairs counted as products.
+"""Sequences gathered into chunks, so that short ones do not each pay for whole tables, and pairs counted in them.
 
-Membership as zeros and ones makes pair counts matrix products: all pairs of experts at all pairs of layers are one
-product of [T, L*E] with itself, at the full speed of the processor. Products are float32, exact below 2^24 tokens.
+A token uses few of the experts: its K x K pairs are counted one by one, compiled, which is far less work than a matrix
+product over all E x E. Loops run layer by layer, so that one layer's table stays in the processor's cache. Nothing
+compiled looks whether ids are below E: `RunCounts` does, before anything is counted.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from traces.schema import SequenceTrace
 
 CHUNK_TOKENS = 8192
-BLOCK_BYTES = 32 * 2**20  # of one float32 membership matrix
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some whole sequences in a row: `ids_TLK` of all tokens, `offsets` of where each begins and the last ends."""
+    """Some whole sequences in a row: `ids_LTK` of all tokens, `offsets` of where each begins and the last ends."""
 
     traces: list[SequenceTrace]
 
     @cached_property
-    def ids_TLK(self) -> NDArray[np.integer]:
-        return np.concatenate([trace.expert_ids_TLK for trace in self.traces])
+    def ids_LTK(self) -> NDArray[np.integer]:
+        """Experts with the layers first, as the compiled loops go through them."""
+        ids_TLK = np.concatenate([trace.expert_ids_TLK for trace in self.traces])
+        return np.ascontiguousarray(ids_TLK.transpose(1, 0, 2))
 
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
@@ -36,11 +40,6 @@ class Chunk:
     def sequence_T(self) -> NDArray[np.int64]:
         """For every token, the place of its sequence in the chunk."""
         return np.repeat(np.arange(len(self.traces)), np.diff(self.offsets))
-
-    @cached_property
-    def ends_T(self) -> NDArray[np.int64]:
-        """For every token, the place at which its sequence ends (exclusive)."""
-        return np.repeat(self.offsets[1:], np.diff(self.offsets))
 
 
 class Chunked(ABC):
@@ -70,35 +69,12 @@ class Chunked(ABC):
     def _count(self, chunk: Chunk) -> None: ...
 
 
-def membership(ids_TLK: NDArray[np.integer], num_experts: int, dtype: type = np.float32) -> NDArray[np.float32]:
-    """Return [T, L*E]: 1 where the token's layer uses the expert, else 0."""
-    tokens, layers, _ = ids_TLK.shape
-    flat = np.zeros(tokens * layers * num_experts, dtype=dtype)
-    base_TL1 = (np.arange(tokens * layers, dtype=np.int64) * num_experts).reshape(tokens, layers, 1)
-    flat[(base_TL1 + ids_TLK).ravel()] = 1
-    return flat.reshape(tokens, layers * num_experts)
-
-
-def block_tokens(num_layers: int, num_experts: int) -> int:
-    """Return how many tokens' membership fits into BLOCK_BYTES."""
-    return max(1, min(CHUNK_TOKENS, BLOCK_BYTES // (4 * num_layers * num_experts)))
-
-
-def pair_counts(
-    before_TLK: NDArray[np.integer], after_TLK: NDArray[np.integer], num_experts: int, distances: int = 0
-) -> NDArray[np.int64]:
-    """Return counts [distances + 1, L, E, E]: at [d, l, i, j] the rows with i in `before` at layer l and j in `after`
-    at layer l + d; zeros where there is no layer l + d."""
-    num_layers = before_TLK.shape[1]
-    counts = np.zeros((distances + 1, num_layers, num_experts, num_experts), dtype=np.int64)
-    step = block_tokens(num_layers, num_experts)
-    for start in range(0, len(before_TLK), step):
-        before = membership(before_TLK[start : start + step], num_experts)
-        after = before if after_TLK is before_TLK else membership(after_TLK[start : start + step], num_experts)
-        for layer in range(num_layers):
-            reach = min(distances, num_layers - 1 - layer) + 1
-            columns = slice(layer * num_experts, (layer + reach) * num_experts)
-            product = before[:, layer * num_experts : (layer + 1) * num_experts].T @ after[:, columns]
-            found = product.reshape(num_experts, reach, num_experts).transpose(1, 0, 2)
-            counts[:reach, layer] += found.astype(np.int64)
-    return counts
+@njit(cache=True, nogil=True)
+def add_pairs(before_LTK: Any, after_LTK: Any, counts_LEE: Any) -> None:
+    """Add to `counts_LEE[l, i, j]` the tokens with i in `before` and j in `after`, at layer l of both."""
+    layers, tokens, top_k = before_LTK.shape
+    for layer in range(layers):
+        for t in range(tokens):
+            for k in range(top_k):
+                for m in range(top_k):
+                    counts_LEE[layer, before_LTK[layer, t, k], after_LTK[layer, t, m]] += 1

@@ -5,13 +5,16 @@ quasi-independence (Goodman 1968, "The analysis of cross-classified data"): the 
 empty diagonal that is otherwise a product. Over a window of tokens it is plain independence of the table's totals.
 """
 
+from typing import Any
+
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
-from analysis.counts.chunks import Chunk, Chunked, block_tokens, membership
+from analysis.counts.chunks import Chunk, Chunked, add_pairs
 from analysis.counts.usage import information_bits
 
-WINDOW = 16  # following tokens, a power of two
+WINDOW = 16  # following tokens
 FITTING_STEPS = 500
 
 
@@ -41,25 +44,9 @@ class CoactivationCounts(Chunked):
         return self._window
 
     def _count(self, chunk: Chunk) -> None:
-        experts = self.num_experts
-        step = block_tokens(self.num_layers, experts)
-        self.tokens += len(chunk.ids_TLK)
-        # laid out with WINDOW empty rows after each sequence, so that no window reaches into the next one
-        place_T = np.arange(len(chunk.ids_TLK)) + WINDOW * chunk.sequence_T
-        for first in range(0, int(place_T[-1]) + 1, step):
-            low, high = np.searchsorted(place_T, (first, first + step + WINDOW))
-            rows = np.zeros((step + WINDOW, self.num_layers * experts), dtype=np.uint8)
-            rows[place_T[low:high] - first] = membership(chunk.ids_TLK[low:high], experts, np.uint8)
-            sums, width = rows, 1
-            while width < WINDOW:  # sums[t] is that of rows t to t + width - 1
-                sums = sums[:-width] + sums[width:]
-                width *= 2
-            now, following = rows[:step].astype(np.float32), sums[1:].astype(np.float32)
-            for layer in range(self.num_layers):
-                own = slice(layer * experts, (layer + 1) * experts)
-                used = now[:, own].T
-                self._within[layer] += (used @ now[:, own]).astype(np.int64)
-                self._window[layer] += (used @ following[:, own]).astype(np.int64)
+        self.tokens += int(chunk.offsets[-1])
+        add_pairs(chunk.ids_LTK, chunk.ids_LTK, self._within)
+        _add_following(chunk.ids_LTK, chunk.offsets, WINDOW, self._window)
 
 
 def expected_within(within_LEE: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -110,3 +97,28 @@ def _off_diagonal(table_LEE: NDArray[np.number]) -> NDArray[np.float64]:
     places = np.arange(emptied.shape[-1])
     emptied[:, places, places] = 0.0
     return emptied
+
+
+@njit(cache=True, nogil=True)
+def _add_following(ids_LTK: Any, offsets: Any, window: int, counts_LEE: Any) -> None:
+    """Go back from the end of every sequence, with the uses of each expert in the `window` tokens after the current."""
+    layers, experts, _ = counts_LEE.shape
+    for layer in range(layers):
+        ids_TK = ids_LTK[layer]
+        table_EE = np.zeros((experts, experts), np.uint32)  # half of int64: it stays in the cache
+        for sequence in range(len(offsets) - 1):
+            first, end = offsets[sequence], offsets[sequence + 1]
+            following_E = np.zeros(experts, np.uint32)
+            for t in range(end - 1, first - 1, -1):
+                for expert in ids_TK[t]:
+                    row_E = table_EE[expert]
+                    for other in range(experts):  # `+=` of arrays is slower
+                        row_E[other] += following_E[other]
+                for expert in ids_TK[t]:
+                    following_E[expert] += 1
+                if t + window < end:
+                    for expert in ids_TK[t + window]:
+                        following_E[expert] -= 1
+        for expert in range(experts):
+            for other in range(experts):
+                counts_LEE[layer, expert, other] += table_EE[expert, other]

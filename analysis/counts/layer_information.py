@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.counts.chunks import Chunk, Chunked, pair_counts
+from analysis.counts.chunks import Chunk, Chunked, add_pairs
 from analysis.counts.usage import information_bits
 
 TABLE_BYTES = 64 * 2**20  # of all pair tables, and as many again of the control's
-WORK = 1_000_000  # multiplications a token may cost on average; where it would be more, a part of the chunks is counted
+WORK = 1_000_000  # table cells, up to which every chunk is counted; where there are n times as many, one chunk in n is
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class LayerInformationCounts(Chunked):
         most = max(1, TABLE_BYTES // (8 * num_layers * num_experts**2))
         self.distance = min(num_layers - 1, most)
         self.every = -(-num_layers * num_experts**2 * (self.distance + 1) // WORK)
-        shape = (self.distance + 1, num_layers, num_experts, num_experts)
+        shape = (self.distance, num_layers, num_experts, num_experts)
         self._tables, self._control = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         self._chunks = 0
         self.tokens = self.control_tokens = 0
@@ -68,17 +68,20 @@ class LayerInformationCounts(Chunked):
         self._chunks += 1
         if (self._chunks - 1) % self.every or self.distance < 1:
             return
-        ids_TLK = chunk.ids_TLK
-        self._tables += pair_counts(ids_TLK, ids_TLK, self.num_experts, self.distance)
-        self.tokens += len(ids_TLK)
-        other_T = (np.arange(len(ids_TLK)) + len(ids_TLK) // 2) % len(ids_TLK)
+        ids_LTK, tokens = chunk.ids_LTK, len(chunk.sequence_T)
+        other_T = (np.arange(tokens) + tokens // 2) % tokens
         apart = np.flatnonzero(chunk.sequence_T != chunk.sequence_T[other_T])
-        self._control += pair_counts(ids_TLK[apart], ids_TLK[other_T[apart]], self.num_experts, self.distance)
+        apart_LTK, other_LTK = ids_LTK.take(apart, axis=1), ids_LTK.take(other_T[apart], axis=1)
+        for distance in range(1, self.distance + 1):
+            lower, higher = slice(self.num_layers - distance), slice(distance, None)
+            add_pairs(ids_LTK[lower], ids_LTK[higher], self._tables[distance - 1, lower])
+            add_pairs(apart_LTK[lower], other_LTK[higher], self._control[distance - 1, lower])
+        self.tokens += tokens
         self.control_tokens += len(apart)
 
     def _bits(self, tables: NDArray[np.int64]) -> NDArray[np.float64]:
         bits_LL = np.full((self.num_layers, self.num_layers), np.nan)
         for distance in range(1, self.distance + 1):
             lower = np.arange(self.num_layers - distance)
-            bits_LL[lower, lower + distance] = information_bits(tables[distance, : self.num_layers - distance])
+            bits_LL[lower, lower + distance] = information_bits(tables[distance - 1, : self.num_layers - distance])
         return bits_LL

@@ -1,14 +1,16 @@
 """Temporal locality: how long an expert's use lasts, and how many experts a stretch of text needs.
 
-Sets of experts are kept as bits, E of them in whole 64-bit words, so that comparing two tokens is one AND and a count
-of ones, and the union over a window of 2w tokens is the OR of two windows of w.
+A window's experts are counted by their first uses in it: how many windows of a length have a given use as their first
+follows from the time since the use before it (Denning and Schwartz 1972, "Properties of the working-set model").
 """
 
+from typing import Any
+
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from analysis.counts.chunks import Chunk, Chunked
-from analysis.counts.usage import count_experts
 
 DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # tokens
 WINDOWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # tokens
@@ -53,46 +55,47 @@ class LocalityCounts(Chunked):
         return np.asarray(self._counts_LE / max(self.tokens, 1))
 
     def _count(self, chunk: Chunk) -> None:
-        ids_TLK = chunk.ids_TLK
-        tokens = len(ids_TLK)
-        self.top_k = ids_TLK.shape[2]
-        self.tokens += tokens
-        self._counts_LE += count_experts(ids_TLK, self.num_experts)
-        sets_TLB = as_bits(ids_TLK, self.num_experts)
-        place_T = np.arange(tokens)
-        for row, distance in enumerate(DISTANCES):
-            first = np.flatnonzero(place_T + distance < chunk.ends_T)
-            if len(first):
-                shared = np.bitwise_count(sets_TLB[first] & sets_TLB[first + distance])
-                self._shared_RL[row] += shared.sum(axis=(0, 2), dtype=np.int64)
-                self.pairs_R[row] += len(first)
-        united = sets_TLB
-        for row, window in enumerate(WINDOWS):
-            if row:
-                half = WINDOWS[row - 1]
-                if len(united) <= half:
-                    break
-                united = united[:-half] | united[half:]
-            first = np.flatnonzero((place_T + window <= chunk.ends_T)[: len(united)])
-            self._distinct_WL[row] += np.bitwise_count(united[first]).sum(axis=(0, 2), dtype=np.int64)
-            self.windows_W[row] += len(first)
-
-
-def as_bits(ids_TLK: NDArray[np.integer], num_experts: int) -> NDArray[np.uint64]:
-    """Return the sets of experts as words [T, L, ceil(E / 64)]."""
-    tokens, layers, top_k = ids_TLK.shape
-    words = -(-num_experts // 64)
-    bits = np.zeros((tokens, layers, words), dtype=np.uint64)
-    one = np.uint64(1)
-    for k in range(top_k):
-        ids_TL = ids_TLK[:, :, k].astype(np.uint64)
-        for word in range(words):
-            inside = (ids_TL >> np.uint64(6)) == word
-            bits[:, :, word] |= np.where(inside, one << (ids_TL & np.uint64(63)), np.uint64(0))
-    return bits
+        self.top_k = chunk.ids_LTK.shape[2]
+        lengths_S = np.diff(chunk.offsets)
+        self.tokens += int(lengths_S.sum())
+        self.pairs_R += np.maximum(lengths_S - np.array(DISTANCES)[:, None], 0).sum(axis=1)
+        self.windows_W += np.maximum(lengths_S - np.array(WINDOWS)[:, None] + 1, 0).sum(axis=1)
+        _add_uses(
+            *(chunk.ids_LTK, chunk.offsets, np.array(DISTANCES), np.array(WINDOWS)),
+            *(self._counts_LE, self._shared_RL, self._distinct_WL),
+        )
 
 
 def _mean(sums_NL: NDArray[np.int64], number_N: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return sums over their number of terms, NaN where there were none."""
     number_N1 = number_N[:, None].astype(np.float64)
     return np.asarray(sums_NL / np.where(number_N1 > 0, number_N1, np.nan))
+
+
+@njit(cache=True, nogil=True)
+def _add_uses(
+    ids_LTK: Any, offsets: Any, distance_R: Any, window_W: Any, counts_LE: Any, shared_RL: Any, distinct_WL: Any
+) -> None:
+    """Add every use of an expert to its count, to the earlier tokens that share it, to the windows it is first in."""
+    layers, experts = counts_LE.shape
+    shared_R, distinct_W = np.zeros_like(distance_R), np.zeros_like(window_W)
+    for layer in range(layers):
+        shared_R[:], distinct_W[:] = 0, 0
+        for sequence in range(len(offsets) - 1):
+            start, tokens = offsets[sequence], offsets[sequence + 1] - offsets[sequence]
+            uses_TE = np.zeros((tokens, experts), np.uint8)
+            last_E = np.full(experts, -1)
+            for t in range(tokens):
+                for expert in ids_LTK[layer, start + t]:
+                    uses_TE[t, expert] = 1
+                    counts_LE[layer, expert] += 1
+                    for row in range(len(distance_R)):
+                        if distance_R[row] > t:
+                            break
+                        shared_R[row] += uses_TE[t - distance_R[row], expert]
+                    for row in range(len(window_W)):
+                        earliest = max(last_E[expert] + 1, t - window_W[row] + 1)
+                        distinct_W[row] += max(min(t, tokens - window_W[row]) - earliest + 1, 0)
+                    last_E[expert] = t
+        shared_RL[:, layer] += shared_R
+        distinct_WL[:, layer] += distinct_W

@@ -11,14 +11,17 @@ hardly differ would look certain. The q-values are Benjamini and Hochberg's over
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 from scipy import stats
 
-from analysis.counts.chunks import Chunk, Chunked, block_tokens, membership
+from analysis.counts.chunks import Chunk, Chunked
 from analysis.counts.significance import benjamini_hochberg
 from analysis.counts.token_kinds import KINDS, token_text
+from analysis.counts.usage import count_experts
 from analysis.tokens import token_texts
 
 PIECES = ("word starts", "word pieces")
@@ -98,8 +101,7 @@ class TokenClassCounts(Chunked):
         return list(dict.fromkeys(texts[each] for each in drawn if each >= 0))
 
     def _count(self, chunk: Chunk) -> None:
-        self._top_k = chunk.ids_TLK.shape[2]
-        step = block_tokens(self.num_layers, self.num_experts)
+        self._top_k = chunk.ids_LTK.shape[2]
         kinds: list[NDArray[np.int64]] = []
         texts: list[str] = []
         for trace in chunk.traces:
@@ -107,18 +109,17 @@ class TokenClassCounts(Chunked):
             is_class_CT, kind_T = classify(read, trace.num_tokens)
             kinds.append(kind_T)
             texts += read or [""] * trace.num_tokens
-            self._add_sequence(trace.expert_ids_TLK, is_class_CT, step)
+            self._add_sequence(trace.expert_ids_TLK, is_class_CT)
         kind_T = np.concatenate(kinds)
         if (kind_T >= 0).any():
             self.texts_known = True
-            self._keep_examples(chunk.ids_TLK, kind_T, texts)
+            self._keep_examples(chunk.ids_LTK, kind_T, texts)
 
-    def _add_sequence(self, ids_TLK: NDArray[np.integer], is_class_CT: NDArray[np.bool_], step: int) -> None:
-        rows = np.concatenate([is_class_CT, np.ones((1, len(ids_TLK)), dtype=bool)]).astype(np.float32)
-        counts = np.zeros((len(rows), self.num_layers * self.num_experts))
-        for start in range(0, len(ids_TLK), step):
-            counts += rows[:, start : start + step] @ membership(ids_TLK[start : start + step], self.num_experts)
-        counts_CN, all_N = counts[:-1], counts[-1]
+    def _add_sequence(self, ids_TLK: NDArray[np.integer], is_class_CT: NDArray[np.bool_]) -> None:
+        counts_CLE = np.zeros((len(CLASSES), self.num_layers, self.num_experts))
+        _count_classes(np.ascontiguousarray(ids_TLK), is_class_CT, counts_CLE)
+        counts_CN = counts_CLE.reshape(len(CLASSES), -1)
+        all_N = count_experts(ids_TLK, self.num_experts).ravel()
         tokens_C = is_class_CT.sum(axis=1)
         self._counts_CN += counts_CN
         self._tokens_C += tokens_C
@@ -133,14 +134,15 @@ class TokenClassCounts(Chunked):
         self._chance_CN[tested] += scale_C[:, None] * (use_N * (1 - use_N))
         self._sequences_C[tested] += 1
 
-    def _keep_examples(self, ids_TLK: NDArray[np.integer], kind_T: NDArray[np.int64], texts: list[str]) -> None:
+    def _keep_examples(self, ids_LTK: NDArray[np.integer], kind_T: NDArray[np.int64], texts: list[str]) -> None:
         """Give a sample of the chunk's tokens random ranks and slots; every slot keeps the token of highest rank."""
         usable = np.flatnonzero(kind_T >= 0)
         drawn = self._rng.permutation(usable)[:SAMPLED_TOKENS]
         ranks = np.sort(self._rng.random(len(drawn), dtype=np.float32))
         numbers = np.array([self._texts.setdefault(texts[token], len(self._texts)) for token in drawn], dtype=np.int32)
         slots = self._rng.integers(0, EXAMPLES, len(drawn))
-        place_TLK = np.arange(self.num_layers)[:, None] * self.num_experts + ids_TLK[drawn].astype(np.int64)
+        ids_TLK = ids_LTK[:, drawn].transpose(1, 0, 2).astype(np.int64)
+        place_TLK = np.arange(self.num_layers)[:, None] * self.num_experts + ids_TLK
         flat = ((kind_T[drawn, None, None] * self._example_ids.shape[1] + place_TLK) * EXAMPLES) + slots[:, None, None]
         flat, width = flat.reshape(len(drawn), -1), flat[0].size if len(drawn) else 0
         ids, best = self._example_ids.reshape(-1), self._example_ranks.reshape(-1)
@@ -178,3 +180,14 @@ def classify(texts: Sequence[str], num_tokens: int) -> tuple[NDArray[np.bool_], 
         ),
         kind_T,
     )
+
+
+@njit(cache=True, nogil=True)
+def _count_classes(ids_TLK: Any, is_class_CT: Any, counts_CLE: Any) -> None:
+    tokens, layers, top_k = ids_TLK.shape
+    for row in range(len(is_class_CT)):
+        for t in range(tokens):
+            if is_class_CT[row, t]:
+                for layer in range(layers):
+                    for k in range(top_k):
+                        counts_CLE[row, layer, ids_TLK[t, layer, k]] += 1

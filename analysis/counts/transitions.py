@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.counts.chunks import Chunk, Chunked, pair_counts
+from analysis.counts.chunks import Chunk, Chunked, add_pairs
 from analysis.counts.usage import information_bits
 
 
@@ -31,13 +31,12 @@ class TransitionCounts(Chunked):
         return self._tokens
 
     def _count(self, chunk: Chunk) -> None:
-        ids_TLK = chunk.ids_TLK
-        if self.num_layers > 1:
-            self._layers += pair_counts(ids_TLK, ids_TLK, self.num_experts, distances=1)[1, :-1]
-        follows_T = np.ones(len(ids_TLK), dtype=bool)
+        ids_LTK = chunk.ids_LTK
+        add_pairs(ids_LTK[:-1], ids_LTK[1:], self._layers)
+        follows_T = np.ones(ids_LTK.shape[1], dtype=bool)
         follows_T[chunk.offsets[:-1]] = False
         later = np.flatnonzero(follows_T)
-        self._tokens += pair_counts(ids_TLK[later - 1], ids_TLK[later], self.num_experts)[0]
+        add_pairs(ids_LTK.take(later - 1, axis=1), ids_LTK.take(later, axis=1), self._tokens)
 
 
 def conditional(counts_LEE: NDArray[np.int64]) -> NDArray[np.float64]:

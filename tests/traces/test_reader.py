@@ -210,6 +210,24 @@ def test_renamed_linked_and_damaged_shards_are_refused_by_name(run, tmp_path):
         TraceDataset(tmp_path / "bare")
 
 
+def test_an_expert_that_the_model_does_not_have_is_refused_before_anything_counts_with_it(
+    tmp_path, make_spec, make_sequences, write_run
+):
+    """Bare shards, whose bytes nothing vouches for; of more than 256 experts, so that ids take two bytes."""
+    spec = make_spec(num_experts=300)
+    write_run(tmp_path / "run", spec, make_sequences(spec, [5, 6]))
+    (shard,) = (tmp_path / "run" / "data").glob("*.parquet")
+    table = pq.read_table(shard)
+    ids = np.stack(table["expert_ids"].to_numpy()).copy()
+    ids[-1, -1] = 300
+    column = table.schema.names.index("expert_ids")
+    values = pa.array(list(ids), table.schema.field(column).type)
+    (tmp_path / "bare").mkdir()
+    pq.write_table(table.set_column(column, table.schema.field(column), values), tmp_path / "bare" / shard.name)
+    with pytest.raises(ExpertSpeculationError, match=rf"{shard.name}: .*expert_ids holds 300, and the model has 300"):
+        list(TraceDataset(tmp_path / "bare").sequences())
+
+
 def test_the_manifest_decides_what_is_read(run, tmp_path, capsys):
     """A run that was killed: a shard in place but not listed is not read, and what is missing is said."""
     folder = tmp_path / "run"

@@ -33,7 +33,7 @@ def make_traces() -> MakeTraces:
             scores = rng.normal(size=(tokens, layers, experts))
             for token in range(1, tokens):
                 scores[token] = linger * scores[token - 1] + np.sqrt(1 - linger**2) * scores[token]
-            ids = np.argsort(-scores, axis=-1)[..., :top_k].astype(np.uint8)
+            ids = np.argsort(-scores, axis=-1)[..., :top_k].astype(np.min_scalar_type(experts - 1))
             traces.append(
                 SequenceTrace(
                     dataset=datasets[number % len(datasets)],

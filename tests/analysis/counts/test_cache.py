@@ -1,6 +1,7 @@
 """Stack distances against caches that are played through one by one, for every size."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,11 +57,11 @@ def test_more_experts_than_a_byte_counts_are_kept_apart() -> None:
     assert stacks.histogram_LD[0].tolist() == [300, *[0] * 299, 300]
 
 
-def test_the_order_and_the_batching_of_sequences_do_not_matter(make_traces, monkeypatch) -> None:
+def test_the_order_and_the_chunks_of_sequences_do_not_matter(make_traces, monkeypatch: pytest.MonkeyPatch) -> None:
     traces = make_traces([30, 4, 50, 12])
     histograms = []
-    for order, numbers in ((traces, 2**18), (traces[::-1], 18), (traces, 36)):
-        monkeypatch.setattr("analysis.counts.cache.BATCH_NUMBERS", numbers)
+    for order, tokens in ((traces, 8192), (traces[::-1], 8192), (traces, 1)):
+        monkeypatch.setattr("analysis.counts.chunks.CHUNK_TOKENS", tokens)
         stacks = StackDistances(3, 6)
         for trace in order:
             stacks.add(trace)

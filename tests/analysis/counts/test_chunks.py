@@ -1,32 +1,27 @@
-"""Pair counts as matrix products against counting one by one, in blocks of any size; chunks hold whole sequences."""
+"""Compiled pair counts against counting one by one; chunks hold whole sequences."""
 
 import numpy as np
 import pytest
 
 from analysis.counts import chunks
-from analysis.counts.chunks import Chunk, Chunked, membership, pair_counts
+from analysis.counts.chunks import Chunk, Chunked, add_pairs
 from traces.schema import SequenceTrace
 
 
-@pytest.mark.parametrize("block_bytes", [1, 900, 2**25])
-def test_pair_counts_equal_a_naive_count_in_blocks_of_any_size(
-    make_traces, block_bytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(chunks, "BLOCK_BYTES", block_bytes)
-    before, after = (make_traces([40], layers=4, seed=seed)[0].expert_ids_TLK for seed in (0, 1))
-    naive = np.zeros((3, 4, 6, 6), dtype=np.int64)
-    for one, other in zip(before, after, strict=True):
-        for distance in range(3):
-            for layer in range(4 - distance):
+@pytest.mark.parametrize(("experts", "top_k"), [(6, 2), (300, 3)])
+def test_pairs_equal_a_naive_count_and_are_added_to_what_is_there(make_traces, experts: int, top_k: int) -> None:
+    before, after = (Chunk(make_traces([30, 10], layers=4, experts=experts, top_k=top_k, seed=seed)) for seed in (0, 1))
+    naive = np.ones((4, experts, experts), dtype=np.int64)
+    for place in range(2):
+        sequences = (before.traces[place].expert_ids_TLK, after.traces[place].expert_ids_TLK)
+        for one, other in zip(*sequences, strict=True):
+            for layer in range(4):
                 for i in one[layer]:
-                    for j in other[layer + distance]:
-                        naive[distance, layer, i, j] += 1
-    np.testing.assert_array_equal(pair_counts(before, after, 6, distances=2), naive)
-
-
-def test_membership_marks_the_experts_of_every_layer() -> None:
-    ids = np.array([[[2, 0], [1, 2]]], dtype=np.uint8)
-    assert membership(ids, 3).tolist() == [[1, 0, 1, 0, 1, 1]]
+                    for j in other[layer]:
+                        naive[layer, i, j] += 1
+    counts = np.ones_like(naive)
+    add_pairs(before.ids_LTK, after.ids_LTK, counts)
+    np.testing.assert_array_equal(counts, naive)
 
 
 def test_chunks_hold_whole_sequences_and_flushing_counts_the_rest(make_traces, monkeypatch: pytest.MonkeyPatch) -> None:

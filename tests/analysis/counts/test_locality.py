@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from analysis.counts import chunks
-from analysis.counts.locality import DISTANCES, WINDOWS, LocalityCounts, as_bits
+from analysis.counts.locality import DISTANCES, WINDOWS, LocalityCounts
 from traces.schema import SequenceTrace
 
 LENGTHS = [30, 1, 9, 70, 5]
@@ -59,8 +59,3 @@ def test_the_order_of_sequences_does_not_matter(make_traces) -> None:
     traces = make_traces(LENGTHS)
     np.testing.assert_array_equal(counted(traces).reuse_RL(), counted(traces[::-1]).reuse_RL())
     np.testing.assert_array_equal(counted(traces).working_set_WL(), counted(traces[::-1]).working_set_WL())
-
-
-def test_sets_of_experts_become_one_bit_each() -> None:
-    bits = as_bits(np.array([[[0, 63, 64, 129]]], dtype=np.uint8), 130)
-    assert bits.tolist() == [[[1 | 1 << 63, 1, 1 << 1]]]

@@ -51,7 +51,6 @@ def counted(traces: list[SequenceTrace], layers: int = 3, experts: int = 6) -> T
 
 def test_differences_and_tests_equal_a_slow_computation(make_traces, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunks, "CHUNK_TOKENS", 100)
-    monkeypatch.setattr(chunks, "BLOCK_BYTES", 4 * 18 * 7)
     traces = make_traces([1, 1, *range(5, 45)])
     found = counted(traces).differences()
     assert "digits" in found.classes
