@@ -2,7 +2,7 @@
 
 A token uses few of the experts: its K x K pairs are counted one by one, compiled, which is far less work than a matrix
 product over all E x E. Loops run layer by layer, so that one layer's table stays in the processor's cache. Nothing
-compiled looks whether ids are below E: `RunCounts` does, before anything is counted.
+compiled looks whether ids are below E: reading a shard does.
 """
 
 from abc import ABC, abstractmethod

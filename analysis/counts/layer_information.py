@@ -14,7 +14,6 @@ from analysis.counts.chunks import Chunk, Chunked, add_pairs
 from analysis.counts.usage import information_bits
 
 TABLE_BYTES = 64 * 2**20  # of all pair tables, and as many again of the control's
-WORK = 1_000_000  # table cells, up to which every chunk is counted; where there are n times as many, one chunk in n is
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +24,7 @@ class LayerInformation:
     observed_LL: NDArray[np.float64]
     control_LL: NDArray[np.float64]  # scaled to the number of tokens observed; 0 where the run has one sequence only
     distance: int
-    every: int  # one chunk in so many was counted
-    tokens: int  # counted
+    tokens: int
     control_tokens: int
 
 
@@ -40,10 +38,8 @@ class LayerInformationCounts(Chunked):
         self.num_layers, self.num_experts = num_layers, num_experts
         most = max(1, TABLE_BYTES // (8 * num_layers * num_experts**2))
         self.distance = min(num_layers - 1, most)
-        self.every = -(-num_layers * num_experts**2 * (self.distance + 1) // WORK)
         shape = (self.distance, num_layers, num_experts, num_experts)
         self._tables, self._control = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        self._chunks = 0
         self.tokens = self.control_tokens = 0
 
     def information(self) -> LayerInformation | None:
@@ -59,15 +55,11 @@ class LayerInformationCounts(Chunked):
             observed_LL=observed_LL,
             control_LL=control_LL,
             distance=self.distance,
-            every=self.every,
             tokens=self.tokens,
             control_tokens=self.control_tokens,
         )
 
     def _count(self, chunk: Chunk) -> None:
-        self._chunks += 1
-        if (self._chunks - 1) % self.every or self.distance < 1:
-            return
         ids_LTK, tokens = chunk.ids_LTK, len(chunk.sequence_T)
         other_T = (np.arange(tokens) + tokens // 2) % tokens
         apart = np.flatnonzero(chunk.sequence_T != chunk.sequence_T[other_T])

@@ -129,7 +129,6 @@ def layer_information_figure(information: LayerInformation) -> Figure:
         + (f", {by_distance[-1]:.2f} bits {far} layers ahead" if far > 1 else "")
         + ". A selection is any one of a token's experts; what tokens of two different texts share by chance, "
         f"{'less than 0.001' if control < 0.001 else f'{control:.3f}'} bits, is subtracted."
-        + (f" Counted on one part in {information.every} of the text." if information.every > 1 else "")
     )
     most = min(num_layers, 24)
     return Figure(

@@ -54,18 +54,16 @@ def test_a_layer_that_repeats_another_tells_all_there_is_to_tell(make_traces) ->
     assert counted(traces, layers=2).bits_LL[0, 1] == pytest.approx(np.log2(6), abs=0.03)
 
 
-def test_distance_and_share_of_chunks_are_bounded(make_traces, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distance_is_bounded_by_the_bytes_of_its_tables(make_traces, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_information, "TABLE_BYTES", 8 * 5 * 36 * 2)
-    monkeypatch.setattr(layer_information, "WORK", 5 * 36 * 3 // 2)
     monkeypatch.setattr(chunks, "CHUNK_TOKENS", 20)
     counts = LayerInformationCounts(5, 6)
-    assert (counts.distance, counts.every) == (2, 2)
+    assert counts.distance == 2
     for trace in make_traces([10] * 8, layers=5):
         counts.add(trace)
     found = counts.information()
     assert found is not None
-    assert found.tokens == 40  # every other chunk of two sequences
-    assert found.control_tokens == 40
+    assert found.tokens == found.control_tokens == 80  # all chunks, of two sequences each
     assert np.isnan(found.bits_LL[0, 3])
     assert np.isfinite(found.bits_LL[0, 2])
 
