@@ -4,21 +4,20 @@
 fsync'ed first, that file is replaced then, and the hidden states of the layer before go last. So whenever a run ends,
 all that `progress.json` speaks of is there, and whatever else lies in the folder is written anew or deleted.
 
-A block is some consecutive batches, whose tensors share a file. Tensors are named by batch: `hidden/12`, `ids.3/12`.
+A block is some consecutive batches, whose tensors share a file, with checksums that are compared when they are read.
+Tensors are named by batch: `hidden/12`, `ids.3/12`.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple, Self
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from collection.tensor_files import read_tensors, write_tensors
 from groundwork.atomic import fsync_folder, write_json
 from groundwork.errors import ConfigurationError
 
@@ -82,9 +81,9 @@ class PassState:
         """Write what the next layer made of a block; without hidden states after the last one."""
         if result.hidden:
             named = {f"hidden/{batch}": tensor for batch, tensor in result.hidden.items()}
-            _write(self._hidden(self.layers + 1) / _name(result.block), named)
+            write_tensors(self._hidden(self.layers + 1) / _name(result.block), named)
         shown = {f"{name}/{batch}": each for batch, own in result.shown.items() for name, each in own.items()}
-        _write(self._routing(self.layers) / _name(result.block), shown)
+        write_tensors(self._routing(self.layers) / _name(result.block), shown)
 
     def commit(self, notes: Mapping[int, str]) -> None:
         """Note that the next layer is finished, all of whose blocks are written, and what is to be said of batches."""
@@ -124,11 +123,10 @@ class PassState:
     def _read(self, path: Path) -> dict[int, dict[str, Tensor]]:
         tensors: dict[int, dict[str, Tensor]] = {}
         try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a mapping
-                    name, _, batch = key.rpartition("/")
-                    tensors.setdefault(int(batch), {})[name] = file.get_tensor(key)
-        except (OSError, SafetensorError, ValueError) as error:
+            for key, tensor in read_tensors(path).items():
+                name, _, batch = key.rpartition("/")
+                tensors.setdefault(int(batch), {})[name] = tensor
+        except (OSError, ValueError) as error:
             raise _damaged(path, self.folder, error) from error
         return tensors
 
@@ -140,13 +138,6 @@ def state_folders(run_dir: Path) -> list[Path]:
 
 def _name(block: int) -> str:
     return f"{block:05d}.safetensors"
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _damaged(path: Path, folder: Path, error: Exception) -> ConfigurationError:

@@ -102,7 +102,7 @@ def test_a_run_that_is_killed_anywhere_in_a_pass_is_resumed_to_the_same_files(
         assert (ended, resumed) == ("-9", "0"), (name, place)
         assert_same_run(folder / "whole", folder / name)
     places = {place for _, place, *_ in lines}
-    assert {"serialize_file in save_file", "fsync in _write", "replace in write_bytes"} <= places
+    assert {"serialize_file in save_file", "fsync in write_tensors", "replace in write_bytes"} <= places
     assert {"replace in list_shard", "rmdir in rmtree"} <= places
     assert {layers for *_, layers, _ in lines} == {"None", "1", "2"}, "not every stage of a pass was met"
 
