@@ -20,7 +20,7 @@ from groundwork.hardware import describe_device
 from groundwork.progress import log
 from traces.card import write_card
 from traces.plan import Plan, estimated_bytes_per_token
-from traces.run_folder import begin, check_free_space, writing
+from traces.run_folder import begin, check_free_space, free_space, writing
 
 __all__ = ["CollectResult", "CollectSettings", "collect", "dry_run"]
 
@@ -80,8 +80,8 @@ def collect(settings: CollectSettings) -> CollectResult:
         seconds=time.monotonic() - started,
     )
     log(
-        f"{run_dir}: {result.sequences} sequences, {result.tokens} tokens, {result.shards} shards, traced on "
-        f"{worked.device}; {result.padding_share:.1%} of the positions were padding"
+        f"{run_dir}: {result.sequences} sequences, {result.tokens} tokens, {result.shards} shards, traced "
+        f"{prepared.settings.execution} on {worked.device}; {result.padding_share:.1%} of the positions were padding"
     )
     return result
 
@@ -142,7 +142,7 @@ def dry_run(settings: CollectSettings) -> dict[str, Any]:
         "run_dir": str(prepared.run_dir),
         "model": prepared.model,
         "device": describe_device(*loading.devices),
-        "devices": prepared.devices,
+        "devices": [settings.device, *prepared.devices[1:]],
         "quantization": loading.mode,
         "execution": settings.execution,
         "executions": _forecast(prepared).facts(),
@@ -159,6 +159,7 @@ def dry_run(settings: CollectSettings) -> dict[str, Any]:
         "batch_tokens_by_memory": {name: preset for name, (_, preset) in PRESETS.items()} | {"else": SMALLEST_PRESET},
         "padding_share": layout.padding_share,
         "bytes": round(tokens * estimated_bytes_per_token(spec)),
+        "bytes_free": free_space(prepared.run_dir),
         "shortfall": shortfall(prepared.draws),
     }
 

@@ -82,7 +82,8 @@ class Forecast:
     def facts(self) -> dict[str, Any]:
         """Return by execution: whether it is possible, memory, disk, bytes read, and seconds, as JSON-ready values.
 
-        `device_bytes` are None on a CPU, whose memory is the host's; seconds are None where nothing was measured.
+        `refusal` says why it is not possible, else it is None. `device_bytes` are None on a CPU, whose memory is the
+        host's; seconds are None where nothing was measured, or that can not be run.
         """
         return {name: self._facts(name) for name in self._possible}
 
@@ -105,19 +106,23 @@ class Forecast:
         device, host = self._memory(execution)
         tokens = sum(self._layout.num_tokens_S)
         disk = tokens * estimated_bytes_per_token(self._spec)
-        read, passes = sizes.outside + sum(sizes.layers), self._passes(self._layout.shards)
+        to_start, passes = sizes.outside + sum(sizes.layers), self._passes(self._layout.shards)
+        read = to_start
         if execution == "streamed":
             disk += 2 * max(passes) * (sizes.state + decoded_bytes_per_token(self._spec))
             read += len(passes) * sum(sizes.layers[: sizes.last_moe_layer + 1])
-        seconds = self.seconds(execution, self._layout.shards)
+        seconds = self.seconds(execution, self._layout.shards) if possible.refusal is None else None
         return {
             "possible": possible.refusal is None,
+            "refusal": possible.refusal and str(possible.refusal),
             "quantization": possible.loading.mode,
             "device_bytes": None if possible.loading.device.type == "cpu" else device,
             "host_bytes": device + host if possible.loading.device.type == "cpu" else host,
             "disk_bytes": round(disk),
             "read_bytes": read,
+            "read_bytes_to_start": to_start,
             "passes": len(passes) if execution == "streamed" else 1,
+            "seconds": seconds and sum(seconds),
             "seconds_to_start": seconds and seconds[0],
             "seconds_per_million_tokens": seconds and seconds[1] / tokens * 1e6,
         }

@@ -39,10 +39,15 @@ def check_folder(run_dir: Path, *, resume: bool) -> None:
         raise ConfigurationError(f"{run_dir}: holds no {PLAN_NAME} to resume; choose an empty --output_dir")
 
 
+def free_space(run_dir: Path) -> int:
+    """Return the bytes that are free on the disk of a folder, which need not exist yet."""
+    existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
 def check_free_space(run_dir: Path, plan: Plan) -> None:
     """Raise ConfigurationError unless the shards that are not there yet will fit on the disk."""
-    existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(run_dir)
     missing = [shard for shard in plan.shards if not (run_dir / "data" / shard.name).exists()]
     needed = SPARE_SPACE * estimated_bytes_per_token(plan.spec) * sum(shard.num_tokens for shard in missing)
     if needed > free:

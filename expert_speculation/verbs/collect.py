@@ -175,29 +175,39 @@ def _print(facts: dict[str, Any], json_file: Path | None) -> None:
     facts["padding_share"] = f"{facts['padding_share']:.1%}"
     spoken = {
         "batch_tokens_by_memory": "batch_tokens of a GPU with",
-        "bytes": "bytes on disk, estimated",
-        "memory_bytes": "bytes of memory",
+        "bytes": "bytes of traces, estimated",
+        "bytes_free": "bytes free on that disk",
+        "memory_bytes": "bytes of weights in memory",
     }
     facts = {spoken.get(name, name): value for name, value in facts.items()}
     facts |= {f"model {name}": value for name, value in spoken_model(facts.pop("model", {})).items()}
-    if facts.get("forecast"):
-        facts["forecast"] = {name: round(value, 2) for name, value in facts["forecast"].items()}
+    facts.pop("forecast", None)  # it was said at the end of the run
     print_facts(facts)
     for name, needs in executions.items():
-        click.echo(f"{name:<8}  {_spoken(needs)}{', chosen' if name == chosen else ''}")
+        click.echo(f"\n{name}{', chosen' if name == chosen else ''}: {_spoken(needs)}")
+        if name == chosen and needs["disk_bytes"] > facts["bytes free on that disk"]:
+            click.echo("The disk has less room than that: free some, or choose another --output_dir.")
 
 
 def _spoken(needs: dict[str, Any]) -> str:
     """Return what an execution takes, in words."""
 
-    def gb(name: str) -> str:
-        return f"{needs[name] / 1e9:,.2f} GB"
+    def gb(size: float) -> str:
+        return f"{size / 1e9:,.2f} GB"
 
-    said = [f"experts {needs['quantization']}" if needs["possible"] else "not possible"]
-    said += [f"{gb('device_bytes')} on the device"] if needs["device_bytes"] is not None else []
-    said += [f"{gb('host_bytes')} in RAM", f"{gb('disk_bytes')} on disk"]
-    said.append(f"{gb('read_bytes')} read in {needs['passes']} pass{'es' if needs['passes'] > 1 else ''}")
-    if needs["seconds_per_million_tokens"] is not None:
-        minutes = needs["seconds_per_million_tokens"] / 60
-        said.append(f"{needs['seconds_to_start']:.0f} s to start and {minutes:.1f} min a million tokens")
+    def time(seconds: float) -> str:
+        return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:,.1f} min"
+
+    if not needs["possible"]:
+        return f"not possible: {needs['refusal']}"
+    to_start, later = needs["read_bytes_to_start"], needs["read_bytes"] - needs["read_bytes_to_start"]
+    said = [f"quantization {needs['quantization']}"]
+    said += [f"{gb(needs['device_bytes'])} on the device"] if needs["device_bytes"] is not None else []
+    said += [f"{gb(needs['host_bytes'])} in RAM at most", f"{gb(needs['disk_bytes'])} on disk at most"]
+    said.append(f"{gb(to_start)} read to start")
+    if later:
+        said.append(f"{gb(later)} in {needs['passes']} pass{'es' if needs['passes'] > 1 else ''}")
+    if needs["seconds"] is not None:
+        whole, before, each = (needs[f"seconds{part}"] for part in ("", "_to_start", "_per_million_tokens"))
+        said.append(f"{time(whole)} for this run, {time(before)} of it to start ({time(each)} a million tokens)")
     return ", ".join(said)

@@ -90,6 +90,9 @@ def test_auto_streams_what_does_not_fit_and_writes_what_a_resident_run_would(
         dry_run(replace(wanted, execution="resident"))
     plan = dry_run(wanted)
     assert plan["execution"] == "streamed"
+    resident = plan["executions"]["resident"]
+    assert resident["refusal"].startswith(str(wanted.model))
+    assert resident["seconds"] is None
     assert {name: each["possible"] for name, each in plan["executions"].items()} == {
         "resident": False,
         "streamed": True,

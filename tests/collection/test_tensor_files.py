@@ -56,7 +56,7 @@ def test_a_file_without_checksums_or_cut_short_is_refused(written: Path, tmp_pat
     with pytest.raises(ValueError, match="crc32"):
         read_tensors(tmp_path / "plain.safetensors")
     (tmp_path / "short.safetensors").write_bytes(written.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="incomplete|Incomplete|buffer"):
+    with pytest.raises(ValueError, match=r"(?i)incomplete|buffer"):
         read_tensors(tmp_path / "short.safetensors")
     with pytest.raises(FileNotFoundError):
         read_tensors(tmp_path / "missing.safetensors")
