@@ -1,12 +1,13 @@
 """Workers that are actors of a Ray cluster, each with a GPU, or some processors, of its own.
 
 Ray starts an actor again whose process or machine has died, as often as `MOST_RESTARTS`. The cluster is the one that
-RAY_ADDRESS names or this machine belongs to; where there is none, Ray starts one of this machine alone.
+RAY_ADDRESS names; without it, Ray starts one of this machine alone, which ends with the run.
 """
 
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from groundwork.errors import ConfigurationError
 from groundwork.interrupt import SIGNALS
 
 MOST_RESTARTS = 3  # of a worker; one that ends more often than that will go on doing so
+_SECONDS_TO_REACH = 10.0  # the cluster's first machine
 _SECONDS_FOR_EVENTS = 60.0  # until a worker that has ended its pass, and yet says nothing, is taken for lost
 
 
@@ -58,12 +60,12 @@ class RayWorkers:
     def hand(self, worker: int, task: Task) -> None:
         """Give a worker its next pass; one that has ended is told of by `events`."""
         self._attempts[worker] = task.attempt
-        self._calls[self._actors[worker].run.remote(task)] = worker
+        self._calls[_once(self._actors[worker].run).remote(task)] = worker
 
     def stop(self) -> None:
         """Tell all workers to leave their passes after the batch under way."""
         for worker, attempt in self._attempts.items():
-            self._actors[worker].stop.remote(attempt)
+            _once(self._actors[worker].stop).remote(attempt)
 
     def events(self, seconds: float) -> Iterator[tuple[int, Event]]:
         """Yield what the workers tell, after waiting for at most so long."""
@@ -99,6 +101,7 @@ class RayWorkers:
             num_cpus=1 if on_gpu else max(there // count, 1),
             num_gpus=1 if on_gpu else 0,
             max_restarts=MOST_RESTARTS,
+            max_task_retries=-1,  # with 0, whatever a call's own options say, it fails while the actor starts again
             max_concurrency=4,  # run, and beside it events, stop and open
             scheduling_strategy="SPREAD",
         )
@@ -111,12 +114,11 @@ class RayWorkers:
 
     def _open(self, worker: int) -> None:
         self._attempts.pop(worker, None)
-        call = self._actors[worker].open.options(max_task_retries=MOST_RESTARTS).remote(self._shared)
-        self._calls[call] = worker
+        self._calls[self._actors[worker].open.remote(self._shared)] = worker
 
     def _told(self, worker: int, call: Any, seconds: float) -> list[Event]:
         """Return what a worker has to tell, where it answers in time."""
-        asked = self._asked.pop(worker, None) or self._actors[worker].events.remote()
+        asked = self._asked.pop(worker, None) or _once(self._actors[worker].events).remote()
         try:
             if self._ray.wait([asked], timeout=seconds)[0]:
                 told: list[Event] = self._ray.get(asked)
@@ -149,14 +151,27 @@ class RayWorkers:
         was_running = worker in self._attempts
         if was_running:
             self._open(worker)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return [Lost(f"{type(error).__name__} ({lines[0] if lines else 'no reason given'})", was_running)]
+        return [Lost(_reason(error), was_running)]
+
+
+def _once(method: Any) -> Any:
+    """Return an actor's method as one that fails with its process, instead of being called again in the next one."""
+    return method.options(max_task_retries=0)
+
+
+def _reason(error: Exception) -> str:
+    """Return the kind of an error of Ray and its first line, without what Ray says of every actor."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+    return f"{type(error).__name__} ({line.partition('. The task may')[0].rpartition('unavailable: ')[2].rstrip('.')})"
 
 
 @contextmanager
 def _connected() -> Iterator[Any]:
     """Yield the module `ray`, connected to its cluster; signals stay with the handlers that they had."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported unless the user wants it
+    named = os.environ.get("RAY_ADDRESS", "local") or "local"
+    if named != "local":
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")  # tries, a second each, with a token that is refused
     try:
         import ray
     except ImportError as error:
@@ -167,16 +182,18 @@ def _connected() -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
+    if named != "local":
+        _check_reachable(named)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        # Left to itself Ray joins whatever cluster this machine last had, and waits for one that has ended.
-        address = None if os.environ.get("RAY_ADDRESS") else "local"
-        ray.init(address=address, logging_level=logging.WARNING)
+        # Without an address Ray joins whatever cluster this machine last had, and waits for one that has ended.
+        # Of one of its own it warns that it has made a token for it, which is no news to the user.
+        ray.init(address=named, logging_level=logging.ERROR if named == "local" else logging.WARNING)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise ConfigurationError(
-            f"--engine ray: the cluster at {os.environ.get('RAY_ADDRESS', 'this machine')} can not be used ({reason}); "
-            "start one with 'ray start', and name it in RAY_ADDRESS"
+            f"--engine ray: the cluster at {named} can not be used ({reason}); start one with 'ray start', name it in "
+            "RAY_ADDRESS, and where it asks for a token, which this machine needs too, set RAY_AUTH_MODE=token"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
@@ -186,6 +203,23 @@ def _connected() -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raise ConfigurationError where no program listens: Ray would try for minutes, and heed no signal meanwhile."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise ConfigurationError(
+            f"RAY_ADDRESS={address}: is not HOST:PORT; give that of 'ray start --head', or unset it for a cluster of "
+            "this machine alone"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_REACH).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigurationError(
+            f"RAY_ADDRESS={address}: nothing answers there ({error}); start a cluster with 'ray start', and give the "
+            "address of its first machine"
+        ) from error
 
 
 class _Actor:
