@@ -16,11 +16,12 @@ from collection.preparation import Prepared, prepare, shortfall
 from collection.settings import CollectSettings
 from collection.tokens import TokenText
 from collection.workers.working import write_with_workers
+from groundwork.disk import free_bytes
 from groundwork.hardware import describe_device
 from groundwork.progress import log
 from traces.card import write_card
 from traces.plan import Plan, estimated_bytes_per_token
-from traces.run_folder import begin, check_free_space, free_space, writing
+from traces.run_folder import begin, check_free_space, writing
 
 __all__ = ["CollectResult", "CollectSettings", "collect", "dry_run"]
 
@@ -159,7 +160,7 @@ def dry_run(settings: CollectSettings) -> dict[str, Any]:
         "batch_tokens_by_memory": {name: preset for name, (_, preset) in PRESETS.items()} | {"else": SMALLEST_PRESET},
         "padding_share": layout.padding_share,
         "bytes": round(tokens * estimated_bytes_per_token(spec)),
-        "bytes_free": free_space(prepared.run_dir),
+        "bytes_free": free_bytes(prepared.run_dir),
         "shortfall": shortfall(prepared.draws),
     }
 

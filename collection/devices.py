@@ -16,17 +16,25 @@ from moe.foresight import SHARE_FOR_WEIGHTS, TooLargeError
 def split_devices(names: str) -> list[str]:
     """Return the device of each process, or its devices joined by plus signs, of those that `--device` names.
 
-    `all` are all GPUs; a GPU may be named once only, while `cpu,cpu` are two processes that share the processors.
+    `all` are all GPUs, and stands alone; a GPU may be named once only, while `cpu,cpu` are two processes that share
+    the processors.
     Raises ConfigurationError for one that is not there.
     """
     if names == "all":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if not count:
+        if not _count_gpus():
             raise ConfigurationError("--device all: stands for all GPUs, and this machine has none; use cpu or auto")
-        return [f"cuda:{index}" for index in range(count)]
+        return [f"cuda:{index}" for index in range(_count_gpus())]
     if "," not in names:
         return [names]
-    processes = [choose_devices(each) for each in names.split(",")]
+    parts = [each.strip() for each in names.split(",")]
+    if "" in parts:
+        raise ConfigurationError(f"--device {names}: a comma without a device beside it; name one, or take it out")
+    if "all" in parts:
+        raise ConfigurationError(
+            f"--device {names}: 'all' stands for all GPUs of this machine, which has {_count_gpus()}, and for nothing "
+            "beside them; give it alone, or name the devices"
+        )
+    processes = [choose_devices(each, names) for each in parts]
     devices = [device for each in processes for device in each]
     twice = [device for device in devices if device.type != "cpu" and devices.count(device) > 1]
     if twice:
@@ -70,6 +78,10 @@ def join_devices(settings: CollectSettings, devices: list[str]) -> list[str]:
                 log(f"--device {settings.device}: one GPU can not hold the model, so it is spread: {', '.join(joined)}")
             return joined
     return joined if settings.execution == "resident" else devices  # the error then speaks of all
+
+
+def _count_gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _holds(settings: CollectSettings, device: str) -> bool:

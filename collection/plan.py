@@ -242,7 +242,13 @@ def texts_digests(sequences: list[Sequence]) -> dict[str, str]:
 
 
 def _config_digest(config: Any) -> str:
-    """Return a digest of the model's configuration without what says nothing of it: its path, the library's version."""
+    """Return a digest of the model's configuration without what says nothing of it: its path, the library's version.
+
+    The modules that bitsandbytes leaves as they are show in the digest of the weights; the list of them is longer in a
+    packed model, which has a head.
+    """
     values = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
     values.pop("_name_or_path", None)
+    if isinstance(values.get("quantization_config"), dict):
+        values["quantization_config"] = values["quantization_config"] | {"llm_int8_skip_modules": None}
     return hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -19,7 +19,7 @@ from groundwork.hardware import choose_devices
 from groundwork.progress import log
 from groundwork.provenance import library_versions
 from moe.description import DTYPES, describe_model
-from moe.foresight import Loading
+from moe.foresight import SHARE_FOR_WEIGHTS, Loading, TooLargeError
 from moe.load import load_tokenizer
 from moe.quantize import MODES
 from moe.source import find_source
@@ -53,6 +53,8 @@ def prepare(settings: CollectSettings) -> Prepared:
     A run to be resumed is compared with its saved plan, and what was left to the program stays as it was decided then.
     Raises IncompleteError where there is no usable text at all.
     """
+    if settings.output_dir is not None:
+        check_folder(settings.output_dir, resume=settings.resume)
     devices = split_devices(settings.device)
     check_devices(settings, devices)
     sources = resolve(settings.datasets, settings.dataset_root)
@@ -78,8 +80,10 @@ def prepare(settings: CollectSettings) -> Prepared:
     )
     identity = _identity(settings, model, on[0], sources)
     if saved:
-        refuse_changes(run_dir, saved, {name: value for name, value in identity.items() if name != "execution"})
+        refuse_changes(run_dir, saved, identity | _asked_for(settings, model))
     settings, loading = _settle_execution(settings)
+    if saved and settings.engine != "ray":  # there the workers' GPUs decide
+        refuse_changes(run_dir, saved, {"quantization": loading.mode})
     identity["execution"] = settings.execution
     draws = draw(sources, load_tokenizer(settings.model), settings)
     if not any(each.sequences for each in draws):
@@ -122,18 +126,38 @@ def _say_what_has_no_effect(settings: CollectSettings, run_dir: Path, saved: Pla
 
 
 def _settle_execution(settings: CollectSettings) -> tuple[CollectSettings, Loading]:
-    """Return the settings with their execution chosen, and how the model is loaded in it."""
-    if settings.execution != "auto":
-        return settings, foresee(settings, settings.execution)
-    possible = possible_executions(settings)
-    execution = choose_execution(possible)
+    """Return the settings with their execution chosen, and how the model is loaded in it.
+
+    Raises TooLargeError, which names streaming where that is the way out.
+    """
+    try:
+        if settings.execution != "auto":
+            return settings, foresee(settings, settings.execution)
+        possible = possible_executions(settings)
+        execution = choose_execution(possible)
+    except TooLargeError as error:
+        remedy = _streaming_remedy(settings)
+        raise TooLargeError(f"{error}{remedy}", error.loading) from error
     if execution == "streamed":
         whole = possible["resident"].loading
+        kept = f", {SHARE_FOR_WEIGHTS:.0%} of them for weights" if whole.needed <= whole.free else ""
         log(
-            f"--execution auto: the model takes {whole.needed / 1e9:.1f} GB of {whole.free / 1e9:.1f} GB that are free "
-            f"on {' and '.join(map(str, whole.devices))}, so it is streamed, one layer at a time"
+            f"--execution auto: the model takes {whole.needed / 1e9:.1f} GB, and {whole.free / 1e9:.1f} GB are free on "
+            f"{' and '.join(map(str, whole.devices))}{kept}, so it is streamed, one layer at a time"
         )
     return replace(settings, execution=execution), possible[execution].loading
+
+
+def _streaming_remedy(settings: CollectSettings) -> str:
+    """Return the words that add streaming to a sentence's remedies; none where it is not possible either."""
+    try:
+        loading = foresee(settings, "streamed")
+    except ConfigurationError:  # not even two layers fit, or the files are not there
+        return ""
+    option, without = settings.unstreamable, ""
+    if option is not None:
+        without = " with devices joined by commas" if option.startswith("--device") else f" without {option}"
+    return f", or --execution streamed{without}, which takes {loading.needed / 1e9:.1f} GB"
 
 
 def _refuse_other_texts(run_dir: Path, saved: Plan, digests: dict[str, str]) -> None:
@@ -224,6 +248,17 @@ def _identity(
         "torch": versions.get("torch"),
         "transformers": versions.get("transformers"),
     }
+
+
+def _asked_for(settings: CollectSettings, model: dict[str, Any]) -> dict[str, Any]:
+    """Return, by the plan's names, how a checkpoint that is not quantised will be loaded, where that is said outright.
+
+    What is so refused is refused before the weights are read, which for a large model takes minutes.
+    """
+    if model["quantization"] != "none":
+        return {}
+    asked = {"quantization": settings.quantization or "none", "dtype": settings.dtype}
+    return {name: value for name, value in asked.items() if value != "auto"}
 
 
 def _foretell(settings: CollectSettings, model: dict[str, Any], quantization: str) -> TraceSpec:

@@ -18,20 +18,21 @@ ENGINES = ("local", "ray")
 class CollectSettings:
     """Options of one run; raises ConfigurationError for values that can not be meant.
 
-    `batch_size` counts sequences and, where given, replaces `batch_tokens`, which counts tokens with padding; "auto"
-    finds the latter by probing, and without either it is the preset for the device's memory. `generate` tokens are
-    decoded after each text, sampled at `temperature`, or the likeliest where that is 0. `shard_size_mb` is in 10**6
-    bytes. `store` names the columns beside the expert ids; a `lookahead` of H layers stores the lookahead column, and
-    that column alone stands for H = 1; `lookahead_norm` is what ResidentTracer says of it. `sample_hidden` is the share
-    of tokens that carry what the routers read. A streamed `execution` takes whole shards of about `pass_tokens` through
-    the layers together, and keeps hidden states of `memory_budget_gb` (10**9 bytes) in host memory, or of half of what
-    is free there, and the others on disk; `auto` is resident where the model fits, else streamed. To `measure` is to
-    read and run a few layers of the model first, and so tell how long the run will take. Devices joined by commas get a
-    process each; those joined by plus signs hold the model of one process together.
+    Without `quantization` weights stay as they are stored. `batch_size` counts sequences and, where given, replaces
+    `batch_tokens`, which counts tokens with padding; "auto" finds the latter by probing, and without either it is the
+    preset for the device's memory. `generate` tokens are decoded after each text, sampled at `temperature`, or the
+    likeliest where that is 0. `shard_size_mb` is in 10**6 bytes. `store` names the columns beside the expert ids; a
+    `lookahead` of H layers stores the lookahead column, and that column alone stands for H = 1; `lookahead_norm` is
+    what ResidentTracer says of it. `sample_hidden` is the share of tokens that carry what the routers read. A streamed
+    `execution` takes whole shards of about `pass_tokens` through the layers together, and keeps hidden states of
+    `memory_budget_gb` (10**9 bytes) in host memory, or of half of what is free there, and the others on disk; `auto` is
+    resident where the model fits, else streamed. To `measure` is to read and run a few layers of the model first, and
+    so tell how long the run will take. Devices joined by commas get a process each; those joined by plus signs hold the
+    model of one process together.
     """
 
     model: str = "models/mini-mixtral"
-    quantization: str = "none"
+    quantization: str | None = None
     execution: str = "resident"
     measure: bool = False
     pass_tokens: int = PASS_TOKENS
@@ -72,11 +73,12 @@ class CollectSettings:
                 f"--batch_tokens {self.batch_tokens}: --batch_size auto finds the number of tokens itself; give one of "
                 "the two"
             )
-        if not (math.isfinite(self.shard_size_mb) and self.shard_size_mb > 0):
+        self._check_finite()
+        if self.shard_size_mb <= 0:
             raise ConfigurationError(
                 f"--shard_size_mb {self.shard_size_mb:g}: must be above 0; give the megabytes of a shard, such as 256"
             )
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if self.temperature < 0:
             raise ConfigurationError(
                 f"--temperature {self.temperature:g}: must not be negative; 0 takes the likeliest token"
             )
@@ -105,16 +107,32 @@ class CollectSettings:
             raise ConfigurationError(f"--execution {self.execution}: unknown; use {', '.join(EXECUTIONS)}")
         if self.engine not in ENGINES:
             raise ConfigurationError(f"--engine {self.engine}: unknown; use {', '.join(ENGINES)}")
+        if self.workers is not None and self.engine != "ray":
+            raise ConfigurationError(
+                f"--workers {self.workers}: counts those of --engine ray; give that too, or name a device for each "
+                "process of this machine, as --device cuda:0,cuda:1"
+            )
         self._check_streamed()
         self._check_output()
 
+    def _check_finite(self) -> None:
+        wanted = {
+            "shard_size_mb": "the megabytes of a shard, such as 256",
+            "temperature": "0, which takes the likeliest token, or more, such as 0.8",
+            "memory_budget_gb": "the gigabytes of host memory for hidden states, such as 16, or leave it out",
+        }
+        for name, remedy in wanted.items():
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ConfigurationError(f"--{name} {value:g}: must be a finite number; give {remedy}")
+
     def _check_output(self) -> None:
-        url = re.match(r"[a-z][a-z0-9+.-]+:/+", str(self.output_dir or ""))  # Path has made one slash of two
+        url = re.fullmatch(r"([a-z][a-z0-9+.-]+):/+(.*)", str(self.output_dir or ""))  # Path makes one slash of two
         if url:
             raise ConfigurationError(
-                f"--output_dir {self.output_dir}: is an address, and shards are put in place by renaming, which object "
-                "stores can not do; give a folder of a file system, shared by all machines, and copy the run there "
-                "when it is done"
+                f"--output_dir {url[1]}://{url[2]}: is an address, and shards are put in place by renaming, which "
+                "object stores can not do; give a folder of a file system, shared by all machines, and copy the run "
+                "there when it is done"
             )
         if self.output_suffix is not None:
             if self.output_dir is not None:
@@ -129,7 +147,7 @@ class CollectSettings:
 
     def _check_streamed(self) -> None:
         budget = self.memory_budget_gb
-        if budget is not None and not (math.isfinite(budget) and budget >= 0):
+        if budget is not None and budget < 0:
             raise ConfigurationError(
                 f"--memory_budget_gb {budget:g}: must not be negative; give the gigabytes of host memory for hidden "
                 "states, or 0 to keep them all on disk"
@@ -150,24 +168,28 @@ class CollectSettings:
         """Return the first of the devices that hold the model."""
         return self.device.split("+")[0]
 
+    @property
+    def unstreamable(self) -> str | None:
+        """Return the option, with its value, that a streamed execution can not have; None where there is none."""
+        if "+" in self.device:
+            return f"--device {self.device}"
+        if self.generate:
+            return f"--generate {self.generate}"
+        return "--batch_size auto" if self.batch_size == "auto" else None
+
     def refusal_of(self, execution: str) -> ConfigurationError | None:
         """Return why these options can not be had in an execution; None where they can."""
-        if execution == "streamed" and "+" in self.device:
-            return ConfigurationError(
-                f"--device {self.device}: --execution streamed holds a layer or two of the model, for which one device "
-                "will do; join devices by commas instead, for a process on each"
-            )
-        if execution == "streamed" and self.generate:
-            return ConfigurationError(
-                f"--generate {self.generate}: decodes token by token, which would read the whole model for each; "
-                "use --execution resident"
-            )
-        if execution == "streamed" and self.batch_size == "auto":
-            return ConfigurationError(
-                "--batch_size auto: runs batches through the whole model, which --execution streamed never holds; give "
-                "--batch_tokens, or leave both out"
-            )
-        return None
+        option = self.unstreamable
+        if execution != "streamed" or option is None:
+            return None
+        reasons = {
+            "--device": "--execution streamed holds a layer or two of the model, for which one device will do; join "
+            "devices by commas instead, for a process on each",
+            "--generate": "decodes token by token, which would read the whole model for each; use --execution resident",
+            "--batch_size": "runs batches through the whole model, which --execution streamed never holds; give "
+            "--batch_tokens, or leave both out",
+        }
+        return ConfigurationError(f"{option}: {reasons[option.partition(' ')[0]]}")
 
     @property
     def columns(self) -> tuple[str, ...]:

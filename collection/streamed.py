@@ -9,7 +9,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from shutil import disk_usage
 
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from collection.plan import Layout
 from collection.tokens import TokenText
 from collection.writing import Routed, write_shards
 from groundwork.background import Background
+from groundwork.disk import free_bytes
 from groundwork.errors import ConfigurationError
 from groundwork.interrupt import finishing_steps
 from moe.streaming.captured import unpack
@@ -93,7 +93,7 @@ class ShardStreamer:
         each = 2 * hidden + 2 * decoded_bytes_per_token(self._plan.spec)  # of two layers; weights are float32 here
         tokens = max((sum(shard.num_tokens for shard in shards) for shards in passes), default=0)
         there = sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())
-        needed, free = SPARE_SPACE * each * tokens - there, disk_usage(self._run_dir).free
+        needed, free = SPARE_SPACE * each * tokens - there, free_bytes(self._run_dir)
         if needed > free:
             raise ConfigurationError(
                 f"{self._run_dir}: a pass of {tokens} tokens needs about {needed / 1e9:.2f} GB there and "

@@ -1,6 +1,5 @@
 """Tensors in a file that is read back later: what is read is what was written, or an error."""
 
-import errno
 import json
 import os
 import zlib
@@ -14,16 +13,10 @@ _CHECKSUMS = "crc32"  # in the file's metadata: by name, of dtype, shape and byt
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write contiguous tensors, by name, to a file on the disk; raises OSError, also where there is no room."""
+    """Write contiguous tensors, by name, to a file on the disk; raises OSError, or SafetensorError with its words."""
     path.parent.mkdir(exist_ok=True)
     checksums = {name: _checksum(name, tensor) for name, tensor in tensors.items()}
-    try:
-        save_file(tensors, path, {_CHECKSUMS: json.dumps(checksums)})
-    except SafetensorError as error:  # all that it says of the system's error is in its text
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            if f"(os error {number})" in str(error):
-                raise OSError(number, os.strerror(number), str(path)) from error
-        raise
+    save_file(tensors, path, {_CHECKSUMS: json.dumps(checksums)})
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -12,6 +12,16 @@ DEFAULT_MODEL = "models/mini-mixtral"
 PATH = click.Path(path_type=Path, readable=False)  # what can not be read is refused below, with the remedy
 
 
+class ModeChoice(click.Choice[str]):
+    """A choice that lists its values as they are written, though `nf4_double` is taken too."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        return f"'{value}' is not one of {', '.join(self.choices)}."
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return f"[{'|'.join(self.choices)}]"
+
+
 def shard_dir_option(command: Command) -> Command:
     """`--shard_dir`: the run folder of a trace or its `data/`."""
     text = "Trace folder: a run folder or its data/."
@@ -120,6 +130,6 @@ def find_embedded(ctx: click.Context, parameter: click.Parameter, value: str) ->
     """Return the place of the embedded model where that is what `value` names from any folder, else `value`."""
     if value != DEFAULT_MODEL or Path(value).exists():
         return value
-    from moe.mini import embedded_model
+    from moe.embedded import embedded_model
 
     return str(embedded_model() or value)

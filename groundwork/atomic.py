@@ -20,7 +20,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's 0600 would hide results from a group's other users
+            permit_as_new(file.fileno())
             os.fsync(file.fileno())
         os.replace(temporary, path)  # noqa: PTH105 - the audited primitive of the protocol
     except BaseException:
@@ -38,6 +38,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, obj: object) -> None:
     """Write `obj` as indented JSON to `path` atomically; NaN and infinities are refused, as JSON has none."""
     write_text(path, json.dumps(obj, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
+
+
+def permit_as_new(file: Path | int) -> None:
+    """Give a file, or what a descriptor has open, the permissions of a new file.
+
+    mkstemp, and libraries that write a temporary file first (safetensors), leave 0600, which would hide results from a
+    group's other users.
+    """
+    os.chmod(file, 0o666 & ~_umask())  # noqa: PTH101 - takes descriptors, too
 
 
 def fsync_folder(path: Path) -> None:

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 
-def choose_device(name: str = "auto") -> "torch.device":
+def choose_device(name: str = "auto", part_of: str | None = None) -> "torch.device":
     """Return the device called `name`; `auto` is the GPU with most free memory, else the CPU.
 
-    Raises ConfigurationError for a name that is unknown or not available here.
+    Raises ConfigurationError for a name that is unknown or not available here; it tells the whole value that the name
+    is `part_of`.
     """
     import torch
 
@@ -30,21 +31,24 @@ def choose_device(name: str = "auto") -> "torch.device":
         return max(gpus, key=free_memory_bytes) if gpus else torch.device("cpu")
     wanted = "cuda:0" if name == "cuda" else name
     if wanted not in available:
+        part = "" if part_of in (None, name) else f"'{name}' is "
         raise ConfigurationError(
-            f"--device {name}: not a device of this machine; use 'auto' or one of {', '.join(available)}"
+            f"--device {part_of or name}: {part}not a device of this machine; use 'auto' or one of "
+            f"{', '.join(available)}"
         )
     return torch.device(wanted)
 
 
-def choose_devices(names: str = "auto") -> "tuple[torch.device, ...]":
+def choose_devices(names: str = "auto", part_of: str | None = None) -> "tuple[torch.device, ...]":
     """Return the devices that hold one model together, joined by plus signs: one of any kind, or several GPUs.
 
     Raises ConfigurationError as `choose_device` does, and where several are not different GPUs.
     """
-    devices = tuple(choose_device(name.strip()) for name in names.split("+"))
+    whole = part_of or names
+    devices = tuple(choose_device(name.strip(), whole) for name in names.split("+"))
     if len(devices) > 1 and (len(set(devices)) < len(devices) or any(each.type != "cuda" for each in devices)):
         raise ConfigurationError(
-            f"--device {names}: a plus sign joins GPUs to hold one model together; name different GPUs, as "
+            f"--device {whole}: a plus sign joins GPUs to hold one model together; name different GPUs, as "
             "cuda:0+cuda:1"
         )
     return devices

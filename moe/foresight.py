@@ -54,7 +54,7 @@ def foresee_loading(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    quantization: str = "none",
+    quantization: str | None = None,
     attn_implementation: str | None = None,
     experts_implementation: str | None = None,
     streamed: bool = False,
@@ -65,7 +65,8 @@ def foresee_loading(
     takes one device, and ValueError is raised for several.
     """
     choose("--dtype", dtype, DTYPES)
-    choose("--quantization", quantization, quantize.MODES)
+    if quantization is not None:
+        choose("--quantization", quantization, quantize.MODES)
     if attn_implementation:
         known = [name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if not name.startswith("paged|")]  # of serving
         choose("--attn_implementation", attn_implementation, ("eager", *sorted(known)))
@@ -80,7 +81,7 @@ def foresee_loading(
     if attn_implementation:
         _check_attention(sketch, attn_implementation)
     loading = _settle_quantization(quantization, sketch, layout, devices, source, streamed)
-    if source.revision is None:
+    if not source.from_hub:
         require_safetensors(source)
     return loading
 
@@ -98,7 +99,7 @@ def _check_attention(sketch: PreTrainedModel, name: str) -> None:
 
 
 def _settle_quantization(
-    asked: str,
+    asked: str | None,
     sketch: PreTrainedModel,
     layout: RouterLayout,
     devices: tuple[torch.device, ...],
@@ -109,12 +110,13 @@ def _settle_quantization(
     kept, device = stored.stored_mode(sketch.config), devices[0]
     stored.check_readable(kept, source.folder)
     if kept:
-        if asked not in ("none", "auto", kept):
+        if asked not in (None, "auto", kept):
             raise ConfigurationError(
-                f"{source.folder}: the checkpoint is already quantised, as {kept}; "
-                "leave --quantization out to run it as it is"
+                f"{source.folder}: the checkpoint is already quantised, as {kept}; leave --quantization out to run it "
+                f"as it is, or name the original model for --quantization {asked}"
             )
         asked = stored.loaded_mode(kept, torch.device("cpu") if streamed else device)
+    asked = asked or "none"
     if streamed:
         return _settle_streamed("none" if asked == "auto" else asked, kept, sketch, layout, device, source)
     needed = {"none": count_by_component(sketch, layout)["total"][1], **quantized_bytes(sketch, layout)}

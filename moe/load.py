@@ -17,6 +17,7 @@ from moe.description import sketch_model
 from moe.foresight import Loading, foresee_loading
 from moe.source import Source, find_source, read_tokenizer, refusing, require_safetensors
 from moe.spreading import DeviceMap, with_head
+from moe.streaming.checksums import check_folder
 
 Placed = torch.device | DeviceMap
 
@@ -48,18 +49,20 @@ def load_model(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    quantization: str = "none",
+    quantization: str | None = None,
     attn_implementation: str | None = None,
     experts_implementation: str | None = None,
     language_model: bool = False,
 ) -> LoadedModel:
     """Load the MoE model in the local folder, or with the hub id, `path`, in evaluation mode and without gradients.
 
-    `dtype="auto"` keeps the checkpoint's; `quantization="auto"` takes, on a GPU, the most precise mode that fits. A
-    checkpoint that is quantised already stays so. GPUs joined by plus signs, as in `cuda:0+cuda:1`, hold the model
-    together, each some of its layers. A `language_model` comes with its head, to generate text. Raises
-    ConfigurationError, in one sentence with the remedy, for a folder that is missing or holds no such model, a dense
-    model, unknown options, and a hub that can not be reached.
+    `dtype="auto"` keeps the checkpoint's; without `quantization` weights stay as they are stored, and "auto" takes, on
+    a GPU, the most precise mode that fits. A checkpoint that is quantised already stays so, and is refused where
+    another mode is asked for, "none" among them. The files of a packed model are compared with their checksums. GPUs
+    joined by plus signs, as in `cuda:0+cuda:1`, hold the model together, each some of its layers. A `language_model`
+    comes with its head, to generate text. Raises ConfigurationError, in one sentence with the remedy, for a folder that
+    is missing or holds no such model, a dense model, unknown options, a hub that can not be reached, and a changed file
+    of a packed model.
     """
     options: dict[str, Any] = {
         "attn_implementation": attn_implementation,
@@ -107,8 +110,10 @@ def read_weights(
     """Return the model that `auto_class` makes of `source`, quantised as `mode` says; `is_stored`: it is so already.
 
     `placed` is its device, or the devices of its parts.
-    Raises ConfigurationError for files that can not be used, ExpertSpeculationError where quantising did not work.
+    Raises ConfigurationError for files that can not be used, or of a packed model that have changed,
+    ExpertSpeculationError where quantising did not work.
     """
+    check_folder(source.folder)
     model, report = call_loader(auto_class, source, mode, is_stored, dtype, placed, **options)
     missing = sorted(report["missing_keys"])
     if missing:

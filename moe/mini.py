@@ -1,8 +1,6 @@
 """The mini-Mixtral: sizes of a small `MixtralForCausalLM` that we train ourselves, and a count of its parameters."""
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -77,13 +75,6 @@ def mixtral_config(shape: MiniSize) -> MixtralConfig:
         bos_token_id=1,
         eos_token_id=2,
     )
-
-
-def embedded_model() -> Path | None:
-    """The embedded checkpoint of the repository, or of an installed wheel; None where neither is there."""
-    homes = (Path(__file__).resolve().parent.parent, Path(sys.prefix) / "share" / "expert-speculation")
-    found = (home / "models" / "mini-mixtral" for home in homes)
-    return next((path for path in found if (path / "config.json").exists()), None)
 
 
 def parameter_table(shape: MiniSize) -> list[tuple[str, int]]:

@@ -46,6 +46,12 @@ def bytes_by_layer(model: PreTrainedModel, layout: RouterLayout, mode: str) -> t
     return outside, layers
 
 
+def count_matrices(model: PreTrainedModel, layout: RouterLayout) -> int:
+    """Return how many matrices quantising makes, or would make, of `model`; 0 where it can not be quantised."""
+    split = find_split(model, layout)
+    return sum(count for count, _, _ in _quantized_matrices(model, layout, split).values()) if split else 0
+
+
 def check_quantizable(model: PreTrainedModel, layout: RouterLayout, mode: str, device: torch.device) -> None:
     """Raise ConfigurationError for experts that can not be split, and for shapes that bitsandbytes gets wrong.
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from groundwork.errors import ConfigurationError
+from moe.streaming.checksums import read_index
 
 _transformers_logging: Any = logging  # not annotated by transformers
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -23,17 +24,23 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 
 @dataclass(frozen=True)
 class Source:
-    """A model's files on this machine, its name, and its revision where it came from the hub."""
+    """A model's files on this machine, its name, and its revision on the hub where that is known.
+
+    A packed model has name and revision of the model that it was made of. Of a model `from_hub` only what was asked for
+    has been fetched.
+    """
 
     folder: Path
     name: str
     revision: str | None
+    from_hub: bool = False
 
 
 def find_source(path: str, *, weights: bool = False) -> Source:
     """Return the local folder of a model; from a hub id fetch it, its weights only if asked for.
 
-    Raises ConfigurationError for a folder that is missing or holds no config.json, and where the hub does not help.
+    Raises ConfigurationError for a folder that is missing or holds no config.json, for a packed model's index that can
+    not be read, and where the hub does not help.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -42,7 +49,8 @@ def find_source(path: str, *, weights: bool = False) -> Source:
                 f"{folder}: holds no config.json; name the folder that a model was saved to, "
                 "with config.json, tokenizer.json and safetensors files"
             )
-        return Source(folder, folder.resolve().name, None)
+        packed = read_index(folder)
+        return Source(folder, packed.model, packed.revision) if packed else Source(folder, folder.resolve().name, None)
     looks_like_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not path.startswith(".")
     if not looks_like_hub_id or folder.parent.is_dir():
         raise ConfigurationError(
@@ -68,7 +76,7 @@ def find_source(path: str, *, weights: bool = False) -> Source:
                 f"{path}: no such folder, and the hub can not be reached to ask for a model of this name "
                 f"({type(error).__name__}); check the path, or copy the model's folder to this machine"
             ) from error
-    return Source(Path(fetched), path, Path(fetched).name)
+    return Source(Path(fetched), path, Path(fetched).name, from_hub=True)
 
 
 def read_tokenizer(source: Source) -> Any:

@@ -34,9 +34,12 @@ def read_plan_table(file: BinaryIO, schema: pa.Schema, rows: int) -> pa.Table:
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(metadata.num_columns)):
             limit -= check_pages(read_chunk(file, column), column, limit)
-    table = pq.ParquetFile(file, metadata=metadata, read_dictionary=strings, page_checksum_verification=True).read(
-        use_threads=False
+    # Reading ahead would be done by a thread of Arrow's, which still holds Python's file when the table is there: a
+    # process that exits just then is aborted.
+    source = pq.ParquetFile(
+        file, metadata=metadata, read_dictionary=strings, page_checksum_verification=True, pre_buffer=False
     )
+    table = source.read(use_threads=False)
     for name in strings:
         limit -= check_strings(table[name], limit)
     return table.cast(schema)

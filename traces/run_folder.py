@@ -5,22 +5,25 @@ them is taken for content, and resuming removes them.
 """
 
 import contextlib
-import errno
-import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from groundwork.atomic import write_bytes
-from groundwork.errors import ConfigurationError, ExpertSpeculationError
+from groundwork.disk import free_bytes, saying_disk_full
+from groundwork.errors import ConfigurationError
 from groundwork.progress import log
 from traces.card import CARD_NAME
 from traces.manifest import MANIFEST_NAME, ManifestLine, read_manifest
 from traces.plan import PLAN_NAME, SEQUENCES_NAME, Plan, PlannedShard, estimated_bytes_per_token
 from traces.writer import file_sha256, lock_run
 
+FREE_AND_RESUME = "free disk space and run again with --resume"
+# Of a plan's settings: what may change, for it changes no output, and what no option sets but follows from others.
+_FREE = {"execution"}
+_FOLLOWING = {"model_config", "model_weights", "tokenizer", "experts_implementation", "bitsandbytes"}
 SPARE_SPACE = 1.2  # sizes are estimates: this many times the estimate must be free
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def check_folder(run_dir: Path, *, resume: bool) -> None:
@@ -39,15 +42,9 @@ def check_folder(run_dir: Path, *, resume: bool) -> None:
         raise ConfigurationError(f"{run_dir}: holds no {PLAN_NAME} to resume; choose an empty --output_dir")
 
 
-def free_space(run_dir: Path) -> int:
-    """Return the bytes that are free on the disk of a folder, which need not exist yet."""
-    existing = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
-
-
 def check_free_space(run_dir: Path, plan: Plan) -> None:
     """Raise ConfigurationError unless the shards that are not there yet will fit on the disk."""
-    free = free_space(run_dir)
+    free = free_bytes(run_dir)
     missing = [shard for shard in plan.shards if not (run_dir / "data" / shard.name).exists()]
     needed = SPARE_SPACE * estimated_bytes_per_token(plan.spec) * sum(shard.num_tokens for shard in missing)
     if needed > free:
@@ -61,24 +58,21 @@ def check_free_space(run_dir: Path, plan: Plan) -> None:
 def writing(run_dir: Path) -> Iterator[None]:
     """Hold the folder as its only writer, and say in one sentence what to do when the disk is full.
 
+    What killed commands have left there to be known by (`witness_path`) is removed first: nobody else writes now.
     Raises ConfigurationError where another process holds it, ExpertSpeculationError where anything that is written
     within meets a full disk: plan, shard, manifest or card.
     """
-    with lock_run(run_dir), saying_disk_full(run_dir):
+    with lock_run(run_dir), saying_disk_full(run_dir, FREE_AND_RESUME):
+        for stale in run_dir.glob(".tmp/witness-*"):
+            stale.unlink()
         yield
 
 
-@contextlib.contextmanager
-def saying_disk_full(run_dir: Path) -> Iterator[None]:
-    """Turn an OSError of a full disk into an ExpertSpeculationError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        raise ExpertSpeculationError(
-            f"{run_dir}: can not be written ({error.strerror}); free disk space and run again with --resume"
-        ) from error
+def witness_path(run_dir: Path) -> Path:
+    """Return a new file's path, by which processes elsewhere see that they have the same folder as the one that holds
+    it, and puts the file there and takes it away again.
+    """
+    return run_dir / ".tmp" / f"witness-{uuid.uuid4().hex}"
 
 
 def begin(run_dir: Path, plan: Plan, *, resume: bool) -> tuple[Plan, set[int]]:
@@ -109,12 +103,16 @@ def begin(run_dir: Path, plan: Plan, *, resume: bool) -> tuple[Plan, set[int]]:
 
 
 def refuse_changes(run_dir: Path, saved: Plan, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigurationError, naming the fields, where any of `settings` differs from the saved plan's."""
-    names = [name for name in settings if saved.settings.get(name) != settings[name]]
+    """Raise ConfigurationError, naming the fields, where any of `settings` differs from the saved plan's.
+
+    What follows from other settings is named only where nothing else differs, and what changes no output never.
+    """
+    differing = [name for name in settings if name not in _FREE and saved.settings.get(name) != settings[name]]
+    names = [name for name in differing if name not in _FOLLOWING] or differing
     if names:
-        differing = "; ".join(f"{name} was {saved.settings.get(name)!r}, is {settings[name]!r}" for name in names)
+        changes = "; ".join(f"{name} was {saved.settings.get(name)!r}, is {settings[name]!r}" for name in names)
         raise ConfigurationError(
-            f"{run_dir}: --resume continues a run with unchanged settings only, and {differing}; "
+            f"{run_dir}: --resume continues a run with unchanged settings only, and {changes}; "
             "restore them or choose another --output_dir"
         )
 

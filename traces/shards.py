@@ -23,11 +23,11 @@ from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from traces.checksums import footer_digest, parse_metadata, read_chunk, read_footer_bytes
 from traces.chunk_file import ChunkFile
 from traces.claims import check_chunks, check_pages, check_plain, check_strings, chunk_range
-from traces.faults import Fault, FaultError, first_line
-from traces.manifest import ManifestLine, range_of
+from traces.faults import RESUME, Fault, FaultError, first_line
+from traces.manifest import MANIFEST_NAME, ManifestLine, range_of
 from traces.pages import decode_lists, is_split
 from traces.plain_files import open_plain
-from traces.plan import PlannedShard
+from traces.plan import PLAN_NAME, SEQUENCES_NAME, PlannedShard, planned_shards
 from traces.schema import (
     ROUTER_INPUT,
     ROW_GROUP_BYTES,
@@ -166,8 +166,22 @@ class Shard:
         ) from error
 
 
+class NothingFinishedError(ConfigurationError):
+    """The run in `run_dir` has a plan and no finished shard yet."""
+
+    def __init__(self, run_dir: Path, planned: int) -> None:
+        super().__init__(
+            f"{run_dir}: none of its {planned} planned shards is finished yet; wait for the run, or, where it was "
+            f"interrupted, {RESUME}"
+        )
+        self.run_dir = run_dir
+
+
 def find_shards(shard_dir: Path) -> list[Path]:
-    """Return the shards of a run folder or its `data/`, by name; raises ConfigurationError where there are none."""
+    """Return the shards of a run folder or its `data/`, by name; raises ConfigurationError where there are none.
+
+    That is NothingFinishedError for a run that has only been planned.
+    """
     if not shard_dir.is_dir():
         found = "a file" if shard_dir.exists() else "missing"
         raise ConfigurationError(
@@ -179,8 +193,17 @@ def find_shards(shard_dir: Path) -> list[Path]:
     folder = data if data.is_dir() else shard_dir
     if folder.name in ("", ".."):  # by its own name a run's `data/` is told from bare shards
         folder = folder.resolve()
-    paths = sorted(folder.glob("*.parquet"))
+    run_dir = folder.parent if folder.name == "data" else folder
+    paths = [path for path in sorted(folder.glob("*.parquet")) if path != run_dir / SEQUENCES_NAME]
     if not paths:
+        if (run_dir / MANIFEST_NAME).exists() and (run_dir / MANIFEST_NAME).stat().st_size:
+            raise ConfigurationError(
+                f"{folder}: holds none of the shards that the manifest lists; restore them from a copy, or {RESUME}"
+            )
+        if (run_dir / PLAN_NAME).exists():
+            raise NothingFinishedError(run_dir, len(planned_shards(run_dir)))
+        if (run_dir / ".lock").exists():
+            raise ConfigurationError(f"{run_dir}: a run that has no plan yet; wait for it, or {RESUME}")
         raise ConfigurationError(
             f"{folder}: holds no .parquet shards; give a folder that 'expert-speculation collect' wrote"
         )

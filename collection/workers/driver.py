@@ -22,6 +22,7 @@ from groundwork.interrupt import finishing_steps
 from groundwork.progress import Progress, log, progress
 from groundwork.provenance import library_versions
 from traces.plan import Plan, PlannedShard
+from traces.run_folder import witness_path
 from traces.writer import list_shard
 
 MOST_ATTEMPTS = 3  # at a pass; one that ended its worker so often will go on doing so
@@ -54,10 +55,8 @@ class _Pass:
 @contextmanager
 def witness(run_dir: Path) -> Iterator[Path]:
     """Yield a file in the run's folder by which workers see that it is the same folder; the caller holds it."""
-    path = run_dir / ".tmp" / f"witness-{uuid.uuid4().hex}"
+    path = witness_path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob("witness-*"):
-        stale.unlink()
     path.touch()
     try:
         yield path

@@ -15,9 +15,10 @@ from collection.plan import Layout, make_spec, model_identity
 from collection.settings import CollectSettings
 from collection.tokens import TokenText
 from collection.workers.events import Advanced, Done, Event, Facts, Failed, Finished, Said, Task
+from groundwork.disk import saying_disk_full
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from groundwork.hardware import describe_device
-from traces.run_folder import saying_disk_full
+from traces.run_folder import FREE_AND_RESUME
 from traces.writer import ShardWriter
 
 Tell = Callable[[Event], None]
@@ -71,7 +72,7 @@ class PassWorker:
         others = {shard.index for shard in task.plan.shards} - set(task.shards)
         output = Output(commit=commit, bar=bar, attempt=task.attempt, working=task.working)
         try:
-            with saying_disk_full(task.run_dir):
+            with saying_disk_full(task.run_dir, FREE_AND_RESUME):
                 self._execution.write_shards(task.run_dir, task.plan, self._layout, others, self._text, output)
         except KeyboardInterrupt:
             tell(Done(stopped=True))

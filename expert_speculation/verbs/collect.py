@@ -7,6 +7,7 @@ import click
 
 from expert_speculation.options import (
     PATH,
+    ModeChoice,
     json_option,
     model_option,
     print_facts,
@@ -28,16 +29,6 @@ class CountOrAuto(click.ParamType[Any]):
             return int(value)
         except ValueError:
             self.fail(f"'{value}' is neither a whole number nor 'auto'.", param, ctx)
-
-
-class ModeChoice(click.Choice[str]):
-    """A choice that lists its values as they are written, though `nf4_double` is taken too."""
-
-    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
-        return f"'{value}' is not one of {', '.join(self.choices)}."
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        return f"[{'|'.join(self.choices)}]"
 
 
 @click.command()
@@ -144,13 +135,20 @@ def collect(
     **options: Any,
 ) -> None:
     """Trace what a model's routers choose over mixed texts, into Parquet shards."""
-    from collection.collector import CollectSettings
-    from collection.collector import collect as run
-    from collection.collector import dry_run as plan_only
+    from collection.settings import CollectSettings
     from groundwork.errors import IncompleteError
+    from traces.run_folder import check_folder
 
     columns = tuple(name for name in store.replace(" ", "").split(",") if name)
     settings = CollectSettings(store=columns, output_dir=output_dir, **options)
+    if output_dir is not None:
+        check_folder(output_dir, resume=settings.resume)
+
+    from collection.collector import (
+        collect as run,  # takes seconds, with all that runs models: what could be refused is
+    )
+    from collection.collector import dry_run as plan_only
+
     if dry_run:
         facts = plan_only(settings)
         _print(facts, json_file)

@@ -4,7 +4,15 @@ from pathlib import Path
 
 import click
 
-from expert_speculation.options import PATH, device_option, find_embedded, json_option, print_facts, write_results
+from expert_speculation.options import (
+    PATH,
+    ModeChoice,
+    device_option,
+    find_embedded,
+    json_option,
+    print_facts,
+    write_results,
+)
 
 
 @click.command()
@@ -12,7 +20,7 @@ from expert_speculation.options import PATH, device_option, find_embedded, json_
 @click.argument("folder", metavar="OUT", type=PATH)
 @click.option(
     "--quantization",
-    type=click.Choice(["nf4", "nf4-double", "int8"]),
+    type=ModeChoice(["nf4", "nf4-double", "int8"]),
     default="nf4",
     help="Precision of the experts, as of collect.",
 )
@@ -22,7 +30,7 @@ def pack(model: str, folder: Path, quantization: str, device: str, json_file: Pa
     """Quantise the layers of MODEL, a folder or hub id, into the new folder OUT, with checksums.
 
     One layer at a time is in memory. `collect --model OUT --execution streamed` then reads a quarter of the bytes (with
-    nf4) in each pass, and compares each file with its checksum once a run.
+    nf4) in each pass. Each run compares each file with its checksum once.
     """
     from moe.packed import pack as run
 

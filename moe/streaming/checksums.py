@@ -2,15 +2,27 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from groundwork.atomic import write_json
 from groundwork.errors import ConfigurationError
+from groundwork.progress import progress
 
 INDEX_NAME = "packed.json"
 FORMAT_VERSION = 1
 _REMEDY = "make the folder anew with 'expert-speculation pack'"
+_LONG = 2**30  # bytes, which take a second or two: progress is shown from here on
+
+
+@dataclass(frozen=True)
+class PackedIndex:
+    """What `packed.json` says: the model that was packed, its revision where known, and name -> sha256 of the files."""
+
+    model: str
+    revision: str | None
+    sums: dict[str, str]
 
 
 def write_checksums(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -24,8 +36,8 @@ def write_checksums(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     return index
 
 
-def read_checksums(folder: Path) -> dict[str, str] | None:
-    """Return name -> sha256 of a packed model's files; None where the folder holds none.
+def read_index(folder: Path) -> PackedIndex | None:
+    """Return what the index of a packed model says; None where the folder holds none.
 
     Raises ConfigurationError for an index that can not be read.
     """
@@ -34,15 +46,37 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
         return None
     try:
         index = json.loads(path.read_text())
-        version, sums = (
-            index["format_version"],
-            {str(name): str(file["sha256"]) for name, file in index["files"].items()},
-        )
+        version = index["format_version"]
+        if version != FORMAT_VERSION:
+            raise ConfigurationError(f"{path}: has format version {version!r}, not {FORMAT_VERSION}; {_REMEDY}")
+        model, revision = index["model"], index["revision"]
+        sums = {str(name): str(file["sha256"]) for name, file in index["files"].items()}
+        # Runs are put into folders that are called after the model.
+        if not isinstance(model, str) or model.rpartition("/")[2] in ("", ".", "..") or "\0" in model:
+            raise ValueError(f"{model!r} is no model's name")
+        if not isinstance(revision, str | None):
+            raise ValueError(f"{revision!r} is no revision")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(f"{path}: is no index of a packed model ({error!r}); {_REMEDY}") from error
-    if version != FORMAT_VERSION:
-        raise ConfigurationError(f"{path}: has format version {version!r}, not {FORMAT_VERSION}; {_REMEDY}")
-    return sums
+    return PackedIndex(model, revision, sums)
+
+
+def check_folder(folder: Path) -> None:
+    """Read every safetensors file of a packed model; a folder without an index is left unread.
+
+    Raises ConfigurationError where one differs from the index, is not in it, or is missing, and for an index that can
+    not be read.
+    """
+    index = read_index(folder)
+    if index is None:
+        return
+    paths = sorted(folder.glob("*.safetensors"))
+    missing = sorted(index.sums.keys() - {path.name for path in paths})
+    if missing:
+        raise ConfigurationError(f"{folder / missing[0]}: is in {INDEX_NAME}, but not in the folder; {_REMEDY}")
+    long = sum(path.stat().st_size for path in paths) >= _LONG
+    for path in progress(paths, description="comparing checksums", unit="file") if long else paths:
+        check_file(path, index.sums)
 
 
 def check_file(path: Path, sums: dict[str, str]) -> None:

@@ -24,7 +24,7 @@ from moe.router_site import refusal
 from moe.routers import RouterLayout
 from moe.source import Source, refusing
 from moe.split_experts import PerExpertLinears
-from moe.streaming.checksums import read_checksums
+from moe.streaming.checksums import read_index
 from moe.streaming.files import CheckpointFiles
 from moe.streaming.postponed import Postponed
 
@@ -58,7 +58,8 @@ class LayeredModel:
         self.unexpected: set[str] = set()
         self._keys: dict[int | None, list[tuple[str, str]]] = {each: [] for each in (None, *range(len(self.layers)))}
         with refusing(source, "weights"):
-            self.files = CheckpointFiles(postponed.files, read_checksums(source.folder))
+            packed = read_index(source.folder)
+            self.files = CheckpointFiles(postponed.files, packed.sums if packed else None)
             self._assign_keys()
 
     def load_rest(self) -> None:
@@ -86,13 +87,22 @@ class LayeredModel:
         return self.files.bytes_read - before
 
     def outside(self) -> dict[str, torch.Tensor]:
-        """Return by name what is saved of all that lies outside of the layers, tied tensors once."""
-        names = (name for name in self._targets if self._layer_of(name) is None)
-        return {
-            name: self.model.get_parameter_or_buffer(name)
-            for name in names
-            if name not in self.model.all_tied_weights_keys
-        }
+        """Return by name what is saved of all that lies outside of the layers, scales with it, tied tensors once."""
+        saved: dict[str, torch.Tensor] = {}
+
+        def gather(module: nn.Module, prefix: str) -> None:
+            for name, child in module.named_children():
+                path = prefix + name
+                if f"{self._place}.".startswith(f"{path}."):
+                    if path != self._place:
+                        gather(child, f"{path}.")
+                else:
+                    saved.update(child.state_dict(prefix=f"{path}."))
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            saved.update((prefix + name, each) for name, each in own if name not in module._non_persistent_buffers_set)
+
+        gather(self.model, "")
+        return {name: each for name, each in saved.items() if name not in self.model.all_tied_weights_keys}
 
     def release(self, index: int) -> None:
         """Give up a layer's weights, but for what is to be kept of it."""

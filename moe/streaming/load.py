@@ -18,7 +18,7 @@ def open_layered(
     *,
     device: str = "auto",
     dtype: str = "auto",
-    quantization: str = "none",
+    quantization: str | None = None,
     attn_implementation: str | None = None,
     experts_implementation: str | None = None,
 ) -> tuple[LoadedModel, LayeredModel]:

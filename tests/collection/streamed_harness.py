@@ -30,8 +30,8 @@ from collection.settings import CollectSettings  # noqa: E402
 from moe.training.tokenizer import train_tokenizer  # noqa: E402
 
 OPERATIONS = {"fsync", "replace", "unlink", "mkdir", "rmdir", "serialize_file"}
-PLACES = ("commit", "list_shard", "save_file", "write_tensors", "write_bytes", "append_line", "_rmtree_safe_fd", "rmtree")
-PLACES += ("Path.unlink",)
+PLACES = ("commit", "list_shard", "save_file", "write_tensors", "write_bytes", "append_line", "_rmtree_safe_fd")
+PLACES += ("rmtree", "Path.unlink")
 
 
 def make_model(folder: Path) -> None:

@@ -229,7 +229,12 @@ def test_resume_is_refused_where_the_folder_holds_no_run(tmp_path: Path, make_se
     ("changes", "message"),
     [
         ({"shard_size_mb": 0}, "--shard_size_mb 0: must be above 0"),
-        ({"shard_size_mb": float("nan")}, "--shard_size_mb nan: must be above 0"),
+        ({"shard_size_mb": float("nan")}, "--shard_size_mb nan: must be a finite number; give the megabytes"),
+        ({"temperature": float("inf")}, "--temperature inf: must be a finite number; give 0, "),
+        ({"temperature": -1.0}, "--temperature -1: must not be negative"),
+        ({"memory_budget_gb": float("nan")}, "--memory_budget_gb nan: must be a finite number; give the gigabytes"),
+        ({"memory_budget_gb": -1.0}, "--memory_budget_gb -1: must not be negative"),
+        ({"output_dir": Path("s3://bucket/x")}, "--output_dir s3://bucket/x: is an address"),
         ({"target_traces": 0}, "--target_traces 0: must be at least 1"),
         ({"target_traces": -5}, "--target_traces -5: must be at least 1"),
         ({"max_length": 4}, "--min_tokens 8: exceeds --max_length 4"),
@@ -265,6 +270,13 @@ def test_runs_that_can_not_work_are_refused_before_anything_is_written(
     with pytest.raises(ConfigurationError, match=message):
         collect(make_settings(**({"datasets": two_files} | changes)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused_before_the_model_is_looked_at(tmp_path: Path, make_settings: Make) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigurationError, match=r"run: is not empty; continue its run with --resume"):
+        collect(make_settings(model=str(tmp_path / "no" / "model"), datasets="no.txt"))
 
 
 @pytest.mark.parametrize("run", [collect, dry_run])

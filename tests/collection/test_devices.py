@@ -30,7 +30,10 @@ def texts(tmp_path: Path, make_texts: Callable[..., list[str]], write_texts: Cal
     ("names", "message"),
     [
         ("all", "--device all: stands for all GPUs, and this machine has none; use cpu or auto"),
-        ("cpu,gpu", "--device gpu: not a device of this machine"),
+        ("cpu,gpu", "--device cpu,gpu: 'gpu' is not a device of this machine; use 'auto' or one of cpu"),
+        ("cpu,cuda:0+cuda:1", "--device cpu,cuda:0.cuda:1: 'cuda:0' is not a device of this machine"),
+        ("cpu,", "--device cpu,: a comma without a device beside it"),
+        ("all,cpu", "--device all,cpu: 'all' stands for all GPUs of this machine, which has 0, and for nothing"),
     ],
 )
 def test_devices_that_are_not_there_are_refused(names: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +70,11 @@ def test_as_few_gpus_are_joined_as_hold_the_model(
     gpus(*[int(share * needed)] * count)
     for execution in ("auto", "resident"):
         assert join_devices(make_settings(execution=execution), split_devices("all")) == expected
+
+
+def test_workers_are_not_counted_without_ray(make_settings: Make) -> None:
+    with pytest.raises(ConfigurationError, match=r"^--workers 2: counts those of --engine ray"):
+        make_settings(workers=2)
 
 
 def test_a_smaller_gpu_joins_where_it_can_not_hold_the_model_alone(

@@ -1,5 +1,6 @@
 """What is foretold of the executions, and which is chosen."""
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,12 +84,18 @@ def test_auto_is_resident_where_the_model_takes_nine_tenths_or_nothing_else_is_p
 
 
 def test_auto_streams_what_does_not_fit_and_writes_what_a_resident_run_would(
-    make_settings: Make, texts: str, tmp_path: Path, only_layers_fit: None, monkeypatch: pytest.MonkeyPatch
+    make_settings: Make,
+    texts: str,
+    tmp_path: Path,
+    only_layers_fit: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     wanted = make_settings(datasets=texts, execution="auto", output_dir=tmp_path / "auto")
-    with pytest.raises(TooLargeError, match=r"needs 0\.\d GB as float32"):
+    with pytest.raises(TooLargeError, match=r"needs 0\.\d GB as float32.*, or --execution streamed, which takes 0\.\d"):
         dry_run(replace(wanted, execution="resident"))
     plan = dry_run(wanted)
+    assert re.search(r"the model takes 0\.\d GB, and 0\.\d GB are free on cpu, so it is st", capsys.readouterr().err)
     assert plan["execution"] == "streamed"
     resident = plan["executions"]["resident"]
     assert resident["refusal"].startswith(str(wanted.model))
@@ -107,11 +114,36 @@ def test_auto_streams_what_does_not_fit_and_writes_what_a_resident_run_would(
     assert Plan.load(tmp_path / "auto").settings["execution"] == "streamed"
 
 
-def test_auto_says_why_the_whole_model_does_not_fit_where_it_can_not_stream(
-    make_settings: Make, texts: str, only_layers_fit: None
+@pytest.mark.parametrize("execution", ["auto", "resident"])
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [({"generate": 2}, "--generate 2"), ({"batch_size": "auto", "batch_tokens": None}, "--batch_size auto")],
+)
+def test_what_forbids_streaming_is_named_where_the_whole_model_does_not_fit(
+    make_settings: Make, texts: str, only_layers_fit: None, execution: str, changes: dict[str, Any], option: str
 ) -> None:
-    with pytest.raises(TooLargeError, match=r"needs .* GB as float32, and cpu has"):
-        dry_run(make_settings(datasets=texts, execution="auto", generate=2))
+    wanted = rf"needs .* GB as float32, and cpu has .*, or --execution streamed without {option}, which takes "
+    with pytest.raises(TooLargeError, match=wanted):
+        dry_run(make_settings(datasets=texts, execution=execution, **changes))
+
+
+def test_streaming_is_no_remedy_where_not_even_two_layers_fit(
+    make_settings: Make, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foresight, "free_memory_bytes", lambda device: 1000)
+    for execution in ("auto", "resident"):
+        with pytest.raises(TooLargeError) as caught:
+            dry_run(make_settings(datasets=texts, execution=execution))
+        assert "or --execution streamed" not in str(caught.value)
+
+
+def test_a_model_that_joined_gpus_can_not_hold_may_be_streamed_on_each(
+    make_settings: Make, texts: str, model_dir: Path, gpus: Callable[..., None]
+) -> None:
+    two = foresee_loading(str(model_dir), device="cpu", streamed=True).needed
+    gpus(two, 1000)
+    with pytest.raises(TooLargeError, match="or --execution streamed with devices joined by commas, which takes"):
+        dry_run(make_settings(datasets=texts, device="cuda:0+cuda:1"))
 
 
 def test_bytes_read_and_on_disk_grow_with_the_passes(make_settings: Make, texts: str, model_dir: Path) -> None:

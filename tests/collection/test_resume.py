@@ -1,6 +1,7 @@
 """`--resume` continues a run that would come out the same, names whatever would change it, and keeps `auto` decided."""
 
 import json
+import re
 import shutil
 from dataclasses import astuple, replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from collection.collector import collect
 from collection.settings import CollectSettings
 from groundwork.errors import ConfigurationError
+from moe.packed import pack
 from traces.manifest import MANIFEST_NAME
 from traces.plan import Plan
 from traces.reader import TraceDataset
+from traces.run_folder import refuse_changes
 from traces.verify import verify
 
 
@@ -115,18 +118,50 @@ def test_resume_starts_a_run_where_there_is_none_and_says_so(
         ({"seed": 1, "min_tokens": 7}, "min_tokens was 8, is 7; seed was 0, is 1"),
         ({"attn_implementation": "eager"}, "attn_implementation was 'sdpa', is 'eager'"),
         ({"experts_implementation": "eager"}, "experts_implementation was 'grouped_mm', is 'eager'"),
-        ({"dtype": "bfloat16"}, "dtype was 'float32', is 'bfloat16'"),
     ],
 )
 def test_a_changed_option_is_refused_by_name(settings: CollectSettings, changes: dict[str, Any], fields: str) -> None:
-    if "dtype" in changes:  # a part of the model's configuration, too
-        assert fields in refusal(replace(settings, **changes))
-    else:
-        assert refusal(replace(settings, **changes)) == fields
+    assert refusal(replace(settings, **changes)) == fields
 
 
-def test_quantization_is_refused_by_name_with_what_follows_from_it(settings: CollectSettings) -> None:
-    assert "quantization was 'none', is 'int8'" in refusal(replace(settings, quantization="int8"))
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({"quantization": "int8"}, "quantization was 'none', is 'int8'"),
+        ({"quantization": "int8", "execution": "streamed"}, "quantization was 'none', is 'int8'"),
+        ({"quantization": "int8", "seed": 1}, "quantization was 'none', is 'int8'; seed was 0, is 1"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32', is 'bfloat16'"),
+    ],
+)
+def test_another_precision_is_refused_before_weights_are_read_without_what_follows_from_it(
+    settings: CollectSettings, changes: dict[str, Any], fields: str
+) -> None:
+    (Path(settings.model) / "model.safetensors").write_bytes(b"no weights")
+    refused = refusal(replace(settings, **changes))
+    assert sorted(refused.split("; ")) == sorted(fields.split("; "))
+
+
+def test_a_quantised_copy_of_the_model_is_refused_before_its_weights_are_read(
+    settings: CollectSettings, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copies" / "tiny-mixtral"
+    pack(settings.model, copy, quantization="int8", device="cpu")
+    for weights in copy.glob("*.safetensors"):
+        weights.write_bytes(b"no weights")
+    assert refusal(replace(settings, model=str(copy))) == "quantization was 'none', is 'int8'"
+
+
+def test_what_follows_from_other_settings_is_named_where_nothing_else_differs(settings: CollectSettings) -> None:
+    assert settings.output_dir is not None
+    saved = Plan.load(settings.output_dir)
+    for changes, named in (
+        ({"model_weights": "x", "bitsandbytes": "1"}, ["model_weights", "bitsandbytes"]),
+        ({"model_weights": "x", "seed": 1, "execution": "streamed"}, ["seed"]),
+    ):
+        with pytest.raises(ConfigurationError) as caught:
+            refuse_changes(settings.output_dir, saved, saved.settings | changes)
+        assert sorted(re.findall(r"(\w+) was ", str(caught.value))) == sorted(named)
+    refuse_changes(settings.output_dir, saved, saved.settings | {"execution": "streamed"})
 
 
 def test_other_texts_are_refused(settings: CollectSettings) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from expert_speculation.command import main
-from moe.mini import embedded_model
+from moe.embedded import embedded_model
 
 
 def test_a_model_is_described_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

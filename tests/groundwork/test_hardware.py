@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from groundwork.errors import ConfigurationError
-from groundwork.hardware import choose_device, describe_device, free_memory_bytes, peak_memory_bytes
+from groundwork.hardware import choose_device, choose_devices, describe_device, free_memory_bytes, peak_memory_bytes
 from groundwork.provenance import library_versions
 
 
@@ -17,6 +17,13 @@ def test_cpu_is_always_there():
 def test_unknown_device_is_refused_with_the_choices(name):
     with pytest.raises(ConfigurationError, match="use 'auto' or one of cpu"):
         choose_device(name)
+
+
+def test_a_device_that_is_missing_among_several_is_named_beside_the_whole_value():
+    with pytest.raises(ConfigurationError, match=r"^--device cpu\+gpu: 'gpu' is not a device of this machine; use"):
+        choose_devices("cpu+gpu")
+    with pytest.raises(ConfigurationError, match=r"^--device cpu,cpu\+cpu: a plus sign joins GPUs"):
+        choose_devices("cpu+cpu", part_of="cpu,cpu+cpu")
 
 
 def test_memory_figures_are_bytes_of_this_machine():

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from moe.description import describe_model
+from moe.embedded import embedded_model
 from moe.foresight import most_precise
 from moe.load import load_model
-from moe.mini import embedded_model
 from moe.quantize import check_quantized, expert_bytes_per_parameter
 from moe.quantized_copy import save_quantized
 from moe.resident import ResidentTracer

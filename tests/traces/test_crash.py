@@ -15,7 +15,7 @@ import pytest
 from traces.manifest import MANIFEST_NAME, append_line, read_manifest
 from traces.plan import Plan
 from traces.reader import TraceDataset
-from traces.run_folder import check_folder
+from traces.run_folder import check_folder, witness_path, writing
 from traces.verify import verify
 
 HARNESS = Path(__file__).with_name("crash_harness.py")
@@ -165,6 +165,18 @@ def test_a_shard_that_is_in_place_but_not_listed_is_made_again(whole, write, fol
     before = (folder / "run" / "data" / "train-00001.parquet").stat().st_ino
     assert resume_and_compare(folder / "run", whole, write) == 0
     assert (folder / "run" / "data" / "train-00001.parquet").stat().st_ino != before
+
+
+def test_what_a_killed_command_was_known_by_is_removed_by_the_next_writer(folder):
+    with writing(folder):
+        left = witness_path(folder)
+        left.parent.mkdir()
+        left.touch()
+    with writing(folder):
+        assert not left.exists()
+        own = witness_path(folder)
+        own.touch()
+        assert own != left
 
 
 def test_a_folder_that_holds_leftovers_only_counts_as_empty(whole, write, folder):

@@ -1,6 +1,9 @@
 """A plan loads as it was saved or not at all, and shards cut from it cover every sequence once."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -23,6 +26,21 @@ def test_plan_survives_saving(tmp_path, make_spec, make_sequences, make_plan):
         plan.settings,
         plan.sources,
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux lists them")
+def test_loading_leaves_no_thread_that_could_abort_a_process_about_to_exit(
+    tmp_path, make_spec, make_sequences, make_plan
+):
+    spec = make_spec()
+    make_plan(spec, make_sequences(spec, [3, 4])).save(tmp_path)
+    program = (
+        "import os, sys; from pathlib import Path; from traces.plan import Plan; "
+        "count = lambda: len(os.listdir('/proc/self/task')); "
+        "before = count(); Plan.load(Path(sys.argv[1])); print(count() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == "0\n"
 
 
 def test_changed_or_missing_plan_is_refused_by_name(tmp_path, make_spec, make_sequences, make_plan):

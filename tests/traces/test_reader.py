@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from groundwork.errors import ConfigurationError, ExpertSpeculationError
 from traces.reader import TraceDataset
+from traces.shards import NothingFinishedError
 from traces.splits import split_of
 
 ARRAYS = (
@@ -244,6 +245,25 @@ def test_the_manifest_decides_what_is_read(run, tmp_path, capsys):
         manifest.write_bytes(damaged)
         with pytest.raises(ConfigurationError, match=rf"manifest\.jsonl: {problem}.*--repair"):
             TraceDataset(folder)
+
+
+def test_a_run_without_a_finished_shard_is_told_from_a_folder_that_is_none(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    shutil.rmtree(folder / "data")
+    with pytest.raises(ConfigurationError, match=r"run: holds none of the shards that the manifest lists; restore"):
+        TraceDataset(folder)
+    (folder / "manifest.jsonl").unlink()
+    with pytest.raises(NothingFinishedError, match=r"run: none of its 3 planned shards is finished yet; .* --resume$"):
+        TraceDataset(folder)
+    (folder / "data").mkdir()
+    for named in (folder, folder / "data"):
+        with pytest.raises(NothingFinishedError) as caught:
+            TraceDataset(named)
+        assert caught.value.run_dir == folder
+    (folder / "plan.json").unlink()
+    with pytest.raises(ConfigurationError, match=r"run: a run that has no plan yet; wait for it, or .* --resume$"):
+        TraceDataset(folder)
 
 
 @pytest.mark.parametrize("seed", [None, 5])

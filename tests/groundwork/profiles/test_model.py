@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, GptOssConfig, M
 from groundwork.errors import ConfigurationError
 from groundwork.profiles.loading import known_models, model_profile
 from moe.description import count_by_component, describe_model, sketch_config
-from moe.mini import embedded_model
+from moe.embedded import embedded_model
 from moe.quantizable import quantized_bytes
 from moe.stored import loaded_bytes
 
