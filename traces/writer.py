@@ -290,6 +290,11 @@ def _options(spec: TraceSpec) -> dict[str, Any]:
 
 
 def _repeat(values: list[str], lengths: NDArray[np.int64]) -> pa.Array:
-    """Return each string `length` times, without a Python loop over tokens."""
-    indices = np.repeat(np.arange(len(values), dtype=np.int32), lengths)
-    return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(values, pa.string()))
+    """Return each string `length` times, without a Python loop over tokens.
+
+    Each distinct string stands in the dictionary once: for a second one Arrow leaves room in the file that it does not
+    fill, and whatever was in memory goes there (pyarrow 26).
+    """
+    distinct = {value: place for place, value in enumerate(dict.fromkeys(values))}
+    indices = np.repeat(np.array([distinct[value] for value in values], np.int32), lengths)
+    return pa.DictionaryArray.from_arrays(pa.array(indices), pa.array(list(distinct), pa.string()))

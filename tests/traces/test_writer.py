@@ -11,8 +11,8 @@ from datasets import load_dataset
 from groundwork.errors import ConfigurationError
 from traces.manifest import read_manifest
 from traces.plan import PlannedShard
-from traces.schema import SequenceTrace, decoded_bytes_per_token
-from traces.writer import ROW_GROUP_BYTES, ShardWriter, lock_run
+from traces.schema import SequenceTrace, arrow_schema, decoded_bytes_per_token
+from traces.writer import ROW_GROUP_BYTES, ShardWriter, lock_run, to_table
 
 
 def long(sequence: SequenceTrace, tokens: int) -> SequenceTrace:
@@ -35,6 +35,17 @@ def test_row_groups_hold_whole_sequences_within_the_token_limit(tmp_path, make_s
             assert file.metadata.row_group(group).num_rows <= 50 or len(ids) == 1
             seen |= ids
     assert len(seen) == 80
+
+
+def test_each_distinct_string_stands_in_a_dictionary_once(make_spec, make_sequences):
+    """For a repeated one Arrow writes what was in memory before, and equal runs would differ in their bytes."""
+    spec = make_spec()
+    sequences = [replace(each, dataset="one", sequence_key="key") for each in make_sequences(spec, [3, 2, 4])]
+    sequences[1] = replace(sequences[1], dataset="two")
+    table = to_table(sequences, spec, arrow_schema(spec))
+    assert table["dataset"].to_pylist() == ["one"] * 3 + ["two"] * 2 + ["one"] * 4
+    assert table["dataset"].chunk(0).dictionary.to_pylist() == ["one", "two"]
+    assert table["sequence_key"].chunk(0).dictionary.to_pylist() == ["key"]
 
 
 def test_row_groups_stay_within_64_mib_decoded(tmp_path, make_spec, make_sequences, write_run):

@@ -82,7 +82,7 @@ def test_an_interrupted_run_is_continued_without_the_cluster(settings: Make, ass
         collect(begun)
     run_dir = whole.with_name("cluster")
     assert read_manifest(run_dir) != []
-    collect(replace(begun, engine="local", resume=True))
+    collect(replace(begun, engine="local", workers=None, resume=True))
     assert_same_run(whole, run_dir)
 
 
