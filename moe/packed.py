@@ -1,7 +1,7 @@
 """Packing a model for streaming: its layers quantised once, a file each, with checksums.
 
-What is written is also a checkpoint as `quantized_copy` saves it, tensor for tensor, so the folder can be loaded whole,
-too. But here one layer at a time is in memory.
+What is written is also a checkpoint as transformers saves a quantised model, tensor for tensor, so the folder can be
+loaded whole, too. But here one layer at a time is in memory.
 """
 
 import json

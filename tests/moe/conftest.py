@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from moe.description import sketch_model
+from moe.load import read_weights
+from moe.source import find_source, read_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from tiny_models import VOCABULARY, tiny_config, tiny_model
@@ -50,6 +54,25 @@ def save(tmp_path: Path) -> Callable[..., Path]:
             words.pre_tokenizer = pre_tokenizers.Whitespace()
             PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", pad_token="w0").save_pretrained(folder)
         return folder
+
+    return saved
+
+
+@pytest.fixture
+def save_copy() -> Callable[[Path, Path, str], None]:
+    """Return `save_copy(folder, copy, mode)`: quantise a checkpoint and save it, as transformers itself does both.
+
+    Nothing runs through the model in between: on a CPU bitsandbytes packs 4-bit weights anew in the first forward pass,
+    and saves them corrupt from then on.
+    """
+
+    def saved(folder: Path, copy: Path, mode: str) -> None:
+        source = find_source(str(folder))
+        sketch, _ = sketch_model(source, "auto")
+        causal: Any = AutoModelForCausalLM
+        auto_class = causal if type(sketch.config) in causal._model_mapping else AutoModel
+        read_weights(auto_class, source, mode, False, "auto", torch.device("cpu")).save_pretrained(copy)
+        read_tokenizer(source).save_pretrained(copy)
 
     return saved
 

@@ -5,7 +5,7 @@ from transformers import MixtralForCausalLM
 from groundwork.errors import ConfigurationError
 from moe.generate import generate
 from moe.mini import mixtral_config, size
-from moe.quantized_copy import save_quantized
+from moe.packed import pack
 from moe.training.tokenizer import train_tokenizer
 
 
@@ -32,9 +32,9 @@ def test_temperature_zero_does_not_depend_on_the_seed(model_dir):
     assert len(texts) == 1
 
 
-def test_a_quantised_copy_is_sampled(model_dir, tmp_path):
-    save_quantized(model_dir, tmp_path / "copy", quantization="int8", device="cpu")
-    text = generate(str(tmp_path / "copy"), "some words", max_new_tokens=8, temperature=0, device="cpu")
+def test_a_packed_model_is_sampled(model_dir, tmp_path):
+    pack(model_dir, tmp_path / "packed", quantization="int8", device="cpu")
+    text = generate(str(tmp_path / "packed"), "some words", max_new_tokens=8, temperature=0, device="cpu")
     assert text.startswith("some words")
     assert len(text) > len("some words")
 

@@ -21,7 +21,6 @@ from moe.foresight import foresee_loading
 from moe.load import load_model
 from moe.packed import pack, packed_bytes
 from moe.passes import BatchRouting
-from moe.quantized_copy import save_quantized
 from moe.resident import ResidentTracer
 from moe.routers import find_routers
 from moe.source import find_source
@@ -30,6 +29,7 @@ from moe.streaming.load import open_layered
 from moe.streaming.tracer import StreamedTracer
 
 Save = Callable[..., Path]
+Copy = Callable[[Path, Path, str], None]
 Batch = tuple[torch.Tensor, torch.Tensor]
 WIDE: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
 MODES = ["nf4", "nf4-double", "int8"]
@@ -78,11 +78,11 @@ def assert_equal(left: BatchRouting, right: BatchRouting) -> None:
     [*(("mixtral", mode) for mode in MODES), ("gpt_oss", "nf4-double"), ("qwen2_moe", "nf4"), ("glm4_moe", "int8")],
 )
 def test_a_packed_model_is_the_quantised_copy_tensor_for_tensor(
-    save: Save, tmp_path: Path, family: str, mode: str
+    save: Save, save_copy: Copy, tmp_path: Path, family: str, mode: str
 ) -> None:
     folder = save(family, **WIDE, moe_intermediate_size=64, shared_expert_intermediate_size=64)
     pack(str(folder), tmp_path / "packed", quantization=mode, device="cpu")
-    save_quantized(str(folder), tmp_path / "copy", quantization=mode, device="cpu")
+    save_copy(folder, tmp_path / "copy", mode)
     ours, theirs = tensors(tmp_path / "packed"), tensors(tmp_path / "copy")
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
@@ -93,7 +93,9 @@ def test_a_packed_model_is_the_quantised_copy_tensor_for_tensor(
 
 
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
-def test_what_is_quantised_outside_of_the_layers_keeps_its_scales(save: Save, tmp_path: Path, mode: str) -> None:
+def test_what_is_quantised_outside_of_the_layers_keeps_its_scales(
+    save: Save, save_copy: Copy, tmp_path: Path, mode: str
+) -> None:
     """Of a model for text and images, that is the part that sees; it has no class of a language model of its own."""
     config = tiny_config("qwen3_vl_moe", num_hidden_layers=3)
     config.text_config.head_dim = 16  # bitsandbytes takes 4-bit rows of 64 on a CPU
@@ -101,7 +103,7 @@ def test_what_is_quantised_outside_of_the_layers_keeps_its_scales(save: Save, tm
     for path in save("mixtral").glob("tokenizer*.json"):
         shutil.copy(path, tmp_path / "seeing")
     pack(str(tmp_path / "seeing"), tmp_path / "packed", quantization=mode, device="cpu")
-    save_quantized(str(tmp_path / "seeing"), tmp_path / "copy", quantization=mode, device="cpu")
+    save_copy(tmp_path / "seeing", tmp_path / "copy", mode)
     ours, theirs = tensors(tmp_path / "packed"), tensors(tmp_path / "copy")
     assert any("visual" in name and name.endswith(("SCB", "absmax")) for name in ours)
     assert ours.keys() == theirs.keys()

@@ -19,7 +19,6 @@ from moe.embedded import embedded_model
 from moe.foresight import most_precise
 from moe.load import load_model
 from moe.quantize import check_quantized, expert_bytes_per_parameter
-from moe.quantized_copy import save_quantized
 from moe.resident import ResidentTracer
 from moe.routers import find_routers
 from moe.split_experts import PerExpertLinears, Split
@@ -94,9 +93,11 @@ def test_gates_that_are_linear_layers_stay_in_full_precision(save: Save, family:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe"])
-def test_a_quantised_copy_reloads_bit_for_bit(save: Save, tmp_path: Path, batch: Batch, family: str, mode: str) -> None:
+def test_a_quantised_copy_reloads_bit_for_bit(
+    save: Save, save_copy: Callable[[Path, Path, str], None], tmp_path: Path, batch: Batch, family: str, mode: str
+) -> None:
     folder, copy = save(family, **WIDE, moe_intermediate_size=128), tmp_path / "copy"
-    save_quantized(str(folder), copy, quantization=mode, device="cpu")
+    save_copy(folder, copy, mode)
     first, again = load_model(str(folder), device="cpu", quantization=mode), load_model(str(copy), device="cpu")
     assert (again.name, again.quantization, again.experts_implementation) == ("copy", mode, "per_expert_linear")
     expected, found = first.model.state_dict(), again.model.state_dict()
@@ -106,18 +107,6 @@ def test_a_quantised_copy_reloads_bit_for_bit(save: Save, tmp_path: Path, batch:
     described = describe_model(str(copy))
     assert described["quantization"] == mode
     assert any("lm_head" in name for file in copy.glob("*.safetensors") for name in load_file(file))
-
-
-def test_a_copy_is_made_once_and_of_whole_checkpoints_only(save: Save, tmp_path: Path) -> None:
-    folder, copy = save("mixtral", **WIDE), tmp_path / "copy"
-    save_quantized(str(folder), copy, device="cpu")
-    with pytest.raises(ConfigurationError, match="copy: exists already; name a new folder"):
-        save_quantized(str(folder), copy, device="cpu")
-    with pytest.raises(ConfigurationError, match="copy: the checkpoint is already quantised"):
-        save_quantized(str(copy), tmp_path / "second", device="cpu")
-    with pytest.raises(ConfigurationError, match="quantization auto: unknown; use one of int8, nf4, nf4-double"):
-        save_quantized(str(folder), tmp_path / "second", quantization="auto")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "mixtral"]
 
 
 def as_transformers_4(folder: Path, mode: str) -> dict[str, torch.Tensor]:
