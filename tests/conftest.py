@@ -35,6 +35,11 @@ EMPTY_FIGURES = """async () => {
 }"""
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their number: packed ones hold the time, and all test processes must name their tests alike."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return `gpus(*free)`, which lets torch say that there are GPUs with so many free bytes; none can be used."""
