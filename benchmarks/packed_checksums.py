@@ -14,9 +14,9 @@ from statistics import median
 
 from loading_memory import write_checkpoint
 
+from moe.checksums import INDEX_NAME, check_folder
 from moe.load import load_model
 from moe.packed import pack
-from moe.streaming.checksums import INDEX_NAME, check_folder
 
 
 def seconds(folder: Path) -> float:

@@ -13,11 +13,11 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from groundwork.errors import ConfigurationError
 from moe import quantize, stored
+from moe.checksums import check_folder
 from moe.description import sketch_model
 from moe.foresight import Loading, foresee_loading
 from moe.source import Source, find_source, read_tokenizer, refusing, require_safetensors
 from moe.spreading import DeviceMap, with_head
-from moe.streaming.checksums import check_folder
 
 Placed = torch.device | DeviceMap
 
@@ -99,19 +99,12 @@ def describe_loaded(model: PreTrainedModel, tokenizer: Any, loading: Loading) ->
 
 
 def read_weights(
-    auto_class: Any,
-    source: Source,
-    mode: str,
-    is_stored: bool,
-    dtype: str,
-    placed: DeviceMap | torch.device,
-    **options: Any,
+    auto_class: Any, source: Source, mode: str, is_stored: bool, dtype: str, placed: Placed, **options: Any
 ) -> PreTrainedModel:
     """Return the model that `auto_class` makes of `source`, quantised as `mode` says; `is_stored`: it is so already.
 
-    `placed` is its device, or the devices of its parts.
-    Raises ConfigurationError for files that can not be used, or of a packed model that have changed,
-    ExpertSpeculationError where quantising did not work.
+    `placed` is its device, or the devices of its parts. Raises ConfigurationError for files that can not be used, or of
+    a packed model that have changed, ExpertSpeculationError where quantising did not work.
     """
     check_folder(source.folder)
     model, report = call_loader(auto_class, source, mode, is_stored, dtype, placed, **options)
@@ -129,13 +122,7 @@ def read_weights(
 
 
 def call_loader(
-    auto_class: Any,
-    source: Source,
-    mode: str,
-    is_stored: bool,
-    dtype: str,
-    placed: DeviceMap | torch.device,
-    **options: Any,
+    auto_class: Any, source: Source, mode: str, is_stored: bool, dtype: str, placed: Placed, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return what transformers' `from_pretrained` makes of `source`, unchecked, and what it reports."""
     require_safetensors(source)

@@ -20,13 +20,13 @@ from groundwork.errors import ConfigurationError
 from groundwork.hardware import choose_device
 from groundwork.progress import progress
 from moe import stored
+from moe.checksums import write_checksums
 from moe.description import choose, sketch_model
 from moe.load import call_loader
 from moe.quantizable import bytes_by_layer, check_quantizable, count_matrices
 from moe.routers import RouterLayout, find_routers
 from moe.source import Source, find_source, quiet, read_tokenizer
 from moe.split_loading import without_splitting
-from moe.streaming.checksums import write_checksums
 from moe.streaming.layered import LayeredModel
 from moe.streaming.postponed import postponed_reading
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from groundwork.errors import ConfigurationError
-from moe.streaming.checksums import read_index
+from moe.checksums import read_index
 
 _transformers_logging: Any = logging  # not annotated by transformers
 _HUB_TIMEOUT_SECONDS = 10.0

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import safe_open
 
 from groundwork.errors import ConfigurationError
-from moe.streaming.checksums import check_file
+from moe.checksums import check_file
 
 _PIECE = 16 * 2**20  # bytes at a time: enough for any disk's full speed
 

@@ -20,11 +20,11 @@ from transformers.core_model_loading import (
 
 from groundwork.errors import ConfigurationError
 from moe import quantize
+from moe.checksums import read_index
 from moe.router_site import refusal
 from moe.routers import RouterLayout
 from moe.source import Source, refusing
 from moe.split_experts import PerExpertLinears
-from moe.streaming.checksums import read_index
 from moe.streaming.files import CheckpointFiles
 from moe.streaming.postponed import Postponed
 
